@@ -1,0 +1,123 @@
+"""Raw QEMU: the very command line that Atoll starts a VM with, with the same files and sockets, started by hand."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.layout import Layout
+from atoll.model.launch import LaunchPlan
+from atoll.operations.services import Services
+from atoll.operations.start import make_plan
+from bench.wire import Wire, negotiate
+
+FLAGS = {"read": os.O_RDONLY, "read-write": os.O_RDWR, "append": os.O_WRONLY | os.O_APPEND | os.O_CREAT}
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """A VM's command line, and a folder for its sockets."""
+
+    plan: LaunchPlan
+    accelerator: str
+    sockets: Path
+
+    def socket(self, name: str) -> Path:
+        """Where a listening socket of the plan is: `control`, `agent`."""
+        return self.sockets / next(Path(each.path).name for each in self.plan.listeners if each.name == name)
+
+    def argument(self, option: str) -> str:
+        """The word after an option."""
+        return self.plan.argv[self.plan.argv.index(option) + 1]
+
+
+async def by_hand(layout: Layout, name: str, *, sockets: Path) -> ByHand:
+    """What Atoll would start that VM with. The VM has been started once, so that its folders are there."""
+    services = Services(layout)
+    try:
+        vm = services.find_vm(name)
+        plan, accelerator = await make_plan(services, vm, vm.spec)
+    finally:
+        services.close()
+    return ByHand(plan=plan, accelerator=accelerator, sockets=sockets)
+
+
+@contextlib.contextmanager
+def running(vm: ByHand) -> Iterator[None]:
+    """That QEMU, running; killed at the end. Raises `RuntimeError` with its last words when it hangs up."""
+    with contextlib.ExitStack() as stack:
+        numbers = dict(_opened(vm, stack))
+        log = stack.enter_context((vm.sockets / "qemu.log").open("w+b"))
+        process = subprocess.Popen(
+            [vm.plan.binary, *(_filled(word, numbers) for word in vm.plan.argv)],
+            pass_fds=tuple(numbers.values()),
+            cwd=vm.plan.working_folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            yield
+        except ConnectionError as error:
+            process.wait(timeout=10)
+            log.seek(0)
+            raise RuntimeError(f"QEMU ended: {log.read().decode(errors='replace').strip()}") from error
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _opened(vm: ByHand, stack: contextlib.ExitStack) -> Iterator[tuple[str, int]]:
+    for file in vm.plan.files:
+        descriptor = os.open(file.path, FLAGS[file.access] | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, descriptor)
+        yield file.name, descriptor
+    for listener in vm.plan.listeners:
+        path = vm.sockets / Path(listener.path).name
+        path.unlink(missing_ok=True)
+        server = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        server.bind(str(path))
+        server.listen()
+        yield listener.name, server.fileno()
+    for feed in vm.plan.feeds:
+        reading, writing = os.pipe()
+        stack.callback(os.close, reading)
+        os.write(writing, feed.content)
+        os.close(writing)
+        yield feed.name, reading
+
+
+def _filled(word: str, numbers: dict[str, int]) -> str:
+    for name, number in numbers.items():
+        word = word.replace(f"@fd:{name}@", str(number))
+    return word
+
+
+@contextlib.contextmanager
+def going(vm: ByHand) -> Iterator[None]:
+    """That QEMU with its guest going."""
+    with running(vm), Wire(vm.socket("control")) as monitor:
+        negotiate(monitor)
+        if not monitor.ask("query-status")["running"]:
+            monitor.ask("cont")
+        yield
+
+
+def start(vm: ByHand) -> float:
+    """Seconds until QMP says that the guest runs."""
+    began = time.perf_counter()
+    with going(vm):
+        return time.perf_counter() - began
+
+
+def ready(vm: ByHand) -> float:
+    """Seconds until the guest's agent answers."""
+    began = time.perf_counter()
+    # QEMU holds what is sent before the guest has opened its end of the channel, so one question is enough.
+    with going(vm), Wire(vm.socket("agent")) as agent:
+        agent.ask("guest-ping")
+        return time.perf_counter() - began

@@ -1,0 +1,112 @@
+"""The figures as JSON and as a Markdown table."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atoll.host import facts
+from atoll.model.units import format_size
+from bench.harness import Figures
+
+SIDES = ("atoll", "raw", "virsh")
+TITLES = {"atoll": "Atoll", "raw": "raw QEMU", "virsh": "libvirt"}
+
+
+def machine(*, accelerator: str, peers: bool) -> dict[str, str]:
+    """What the figures were taken on."""
+    cpu = facts.cpu()
+    found = {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "processors": f"{cpu.count} x {cpu.model}",
+        "memory": format_size(facts.memory().total),
+        "system": f"{platform.freedesktop_os_release().get('PRETTY_NAME', 'Linux')}, kernel {platform.release()}",
+        "python": platform.python_version(),
+        "qemu": _first_line("qemu-system-x86_64", "--version"),
+        "accelerator": accelerator,
+        "commit": _first_line("git", "rev-parse", "--short", "HEAD"),
+        "load before": " ".join(f"{value:.1f}" for value in os.getloadavg()),
+    }
+    return found | ({"libvirt": _first_line("virsh", "--version")} if peers else {})
+
+
+def _first_line(*argv: str) -> str:
+    finished = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=60)
+    return (finished.stdout.splitlines() or ["unknown"])[0]
+
+
+def as_json(about: dict[str, str], rows: Sequence[Figures]) -> str:
+    """Everything that was measured, each repetition."""
+    cases: list[dict[str, Any]] = [
+        {
+            "case": row.case,
+            "unit": row.unit,
+            "medians": {side: row.median(side) for side in row.values},
+            "values": row.values,
+            "errors": row.errors,
+            "goals": [{"goal": goal.text(row.unit), "met": row.met(goal)} for goal in row.goals],
+        }
+        for row in rows
+    ]
+    return json.dumps({"machine": about, "cases": cases}, indent=2, ensure_ascii=False) + "\n"
+
+
+def as_table(rows: Sequence[Figures]) -> str:
+    """The medians side by side, with Atoll's ratio to each other side and what was aimed at."""
+    lines = [
+        "| case | " + " | ".join(TITLES[side] for side in SIDES) + " | Atoll / raw | Atoll / libvirt | goal | met |",
+        "|---|" + "---:|" * (len(SIDES) + 2) + "---|---|",
+    ]
+    for row in rows:
+        figures = [_figure(row, side) for side in SIDES]
+        ratios = [_ratio(row, side) for side in SIDES[1:]]
+        goals = [goal.text(row.unit).replace("virsh", "libvirt") for goal in row.goals]
+        met = [{True: "yes", False: "**no**", None: "-"}[row.met(goal)] for goal in row.goals]
+        lines.append("| " + " | ".join([row.case, *figures, *ratios, "; ".join(goals), "; ".join(met)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(row: Figures, side: str) -> str:
+    if side in row.errors:
+        return "failed"
+    median = row.median(side)
+    if median is None:
+        return ""
+    return f"{median:.0f} {row.unit}".rstrip() if median >= 10 or median == int(median) else f"{median:.1f} {row.unit}"
+
+
+def _ratio(row: Figures, side: str) -> str:
+    ours, other = row.median("atoll"), row.median(side)
+    return f"{ours / other:.2f}" if ours is not None and other else ""
+
+
+def write(folder: Path, page: Path, about: dict[str, str], rows: Sequence[Figures]) -> Path:
+    """The JSON file in `folder`, named by the time, and the page with the last run's table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{about['date'].replace(' UTC', '').replace(' ', 'T').replace(':', '')}.json"
+    file.write_text(as_json(about, rows))
+    facts_of_it = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    page.write_text(f"{INTRODUCTION}\n{as_table(rows)}\n## Taken on\n\n{facts_of_it}\n\n{NOTES}")
+    return file
+
+
+INTRODUCTION = """# Performance
+
+Written by `./dev bench --peers`; the last run. Medians; the sides take turns, so that each meets the same load.
+"""
+NOTES = """## What is measured
+
+- **start returns**: the whole `atoll start`, and the whole `virsh start`; raw QEMU is the very command line and
+  descriptors of that VM, started by hand, until QMP says that the guest runs.
+- **guest answers**: the same until the tiny guest's agent has answered. libvirt's domain has the same kernel, command
+  line, memory and kinds of devices.
+- **exec, whole process**: `atoll exec VM -- true`; for libvirt the `virsh qemu-agent-command` calls that start `true`
+  and ask for its end.
+- **exec, connection open**: the SDK's `exec` beside the agent's own exchange on its socket.
+- **ls**: with that many stopped VMs; whole processes.
+- **processes beside a running VM**: those of ours that stay, beside QEMU. libvirt's memory is that of its daemons.
+"""

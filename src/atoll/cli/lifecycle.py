@@ -1,0 +1,168 @@
+"""`start`, `stop`, `restart`, `pause`, `resume`, `rm`, `rename`, `wait`."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+from atoll.cli.failures import Format
+from atoll.cli.options import DURATION, VM
+from atoll.cli.output import emit, format_option
+
+if TYPE_CHECKING:
+    from atoll.platform.api import AsyncHost, AsyncVm
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _several(function: F) -> F:
+    """The names of several VMs, and `--format`."""
+    return click.argument("vms", metavar="VM...", nargs=-1, required=True, type=VM)(format_option(function))
+
+
+def _do(vms: Sequence[str], format: Format, title: str, act: "Callable[[AsyncVm], Awaitable[None]]") -> int:
+    """Do it to all of them at once; the exit code. JSON and YAML list those that went well."""
+    from atoll.cli.progress import Shown
+    from atoll.cli.session import each_vm, perform
+
+    async def action(host: "AsyncHost") -> tuple[list[dict[str, str]], int]:
+        with Shown(f"{title} {', '.join(vms[:3])}{' …' if len(vms) > 3 else ''}"):
+            return await each_vm(host, vms, act)
+
+    done, code = perform(action)
+    if format != "table":
+        emit(done, format)
+    return code
+
+
+@click.command("start")
+@_several
+@click.option("--wait", is_flag=True, help="Wait until it is ready, not only started.")
+@click.option("--timeout", type=DURATION, help="With --wait: how long at most, such as 2m.")
+def start_command(vms: tuple[str, ...], wait: bool, timeout: float | None, format: Format) -> int:
+    """Start VMs.
+
+    \b
+    Examples:
+      atoll start web
+      atoll start --wait web db
+    """
+    return _do(vms, format, "starting", lambda vm: vm.start(wait=wait, timeout=timeout))
+
+
+@click.command("stop")
+@_several
+@click.option("--force", "-f", is_flag=True, help="Switch it off at once, as pulling the plug would.")
+@click.option("--timeout", "-t", type=DURATION, default="60s", help="How long it has to shut down; then it is forced.")
+def stop_command(vms: tuple[str, ...], force: bool, timeout: float, format: Format) -> int:
+    """Shut VMs down: the guest agent is asked, then the power button pressed, then the VM switched off.
+
+    \b
+    Examples:
+      atoll stop web
+      atoll stop --timeout 2m web db
+      atoll stop --force web
+    """
+    return _do(vms, format, "stopping", lambda vm: vm.stop(force=force, timeout=timeout))
+
+
+@click.command("restart")
+@_several
+@click.option("--force", "-f", is_flag=True, help="Don't shut it down first.")
+@click.option("--timeout", "-t", type=DURATION, default="60s", help="How long it has to shut down; then it is forced.")
+def restart_command(vms: tuple[str, ...], force: bool, timeout: float, format: Format) -> int:
+    """Stop VMs and start them again; settings that waited for the next start hold from then on.
+
+    \b
+    Example:
+      atoll restart web
+    """
+    return _do(vms, format, "restarting", lambda vm: vm.restart(force=force, timeout=timeout))
+
+
+@click.command("pause")
+@_several
+def pause_command(vms: tuple[str, ...], format: Format) -> int:
+    """Halt VMs where they are; they keep their memory.
+
+    \b
+    Example:
+      atoll pause web
+    """
+    return _do(vms, format, "pausing", lambda vm: vm.pause())
+
+
+@click.command("resume")
+@_several
+def resume_command(vms: tuple[str, ...], format: Format) -> int:
+    """Let paused VMs go on.
+
+    \b
+    Example:
+      atoll resume web
+    """
+    return _do(vms, format, "resuming", lambda vm: vm.resume())
+
+
+@click.command("rm")
+@_several
+@click.option("--force", "-f", is_flag=True, help="Also one that runs: it is switched off first.")
+def rm_command(vms: tuple[str, ...], force: bool, format: Format) -> int:
+    """Remove VMs with their disks. Images stay.
+
+    \b
+    Examples:
+      atoll rm web
+      atoll rm --force web db
+    """
+    return _do(vms, format, "removing", lambda vm: vm.rm(force=force))
+
+
+@click.command("rename")
+@click.argument("vm", type=VM)
+@click.argument("name")
+def rename_command(vm: str, name: str) -> None:
+    """Give a VM another name. It may run; its guest learns the name at its next first boot only.
+
+    \b
+    Example:
+      atoll rename web web-old
+    """
+    from atoll.cli.session import perform
+
+    async def action(host: "AsyncHost") -> None:
+        await (await host.get(vm)).rename(name)
+
+    perform(action)
+
+
+@click.command("wait")
+@click.argument("vm", type=VM)
+@click.option("--for", "condition", type=click.Choice(["ready", "stopped"]), help="What to wait for (default: ready).")
+@click.option("--text", metavar="PATTERN", help="Wait until its serial line says this (a regular expression).")
+@click.option("--timeout", type=DURATION, help="How long at most, such as 2m; exit code 8 after it.")
+def wait_command(
+    vm: str, condition: Literal["ready", "stopped"] | None, text: str | None, timeout: float | None
+) -> None:
+    """Wait until a VM is ready, has stopped, or has said something; print what was seen.
+
+    Without a guest agent in it, a VM is ready when it runs.
+
+    \b
+    Examples:
+      atoll wait web
+      atoll wait web --for stopped --timeout 5m
+      atoll wait web --text 'login:'
+    """
+    from atoll.cli.progress import Shown
+    from atoll.cli.session import perform
+    from atoll.errors import InvalidInput
+
+    if condition and text is not None:
+        raise InvalidInput("--for and --text can't go together", next_step="Leave one of them away.")
+
+    async def action(host: "AsyncHost") -> str:
+        with Shown(f"waiting for {vm}"):
+            return await (await host.get(vm)).wait(condition, text=text, timeout=timeout)
+
+    click.echo(perform(action, cancelled=""))

@@ -1,0 +1,144 @@
+"""`ls` and `show`. `ls` runs no event loop and imports as little as it can: it is what is typed most."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from atoll.cli.failures import Format, note
+from atoll.cli.options import VM, parse_pairs
+from atoll.cli.output import age, emit, format_option, moment, print_description, print_table
+from atoll.model.state import Phase
+from atoll.model.units import format_size
+from atoll.model.vm import VmInfo
+
+if TYPE_CHECKING:
+    from atoll.model.spec import VmSpec
+    from atoll.platform.api import AsyncHost
+
+
+@click.command("ls")
+@click.option("--quiet", "-q", is_flag=True, help="Only names, one a line.")
+@click.option("--state", type=click.Choice([str(phase) for phase in Phase]), help="Only those in this state.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Only those with this label.")
+@format_option
+def ls_command(quiet: bool, state: str | None, labels: tuple[str, ...], format: Format) -> None:
+    """List VMs with their state, the oldest first.
+
+    \b
+    Examples:
+      atoll ls
+      atoll ls --state running --format json
+      atoll rm --force $(atoll ls --quiet --label tier=test)
+    """
+    from atoll.platform.local import list_now
+
+    wanted = parse_pairs(labels, option="--label").items()
+    vms, notices = list_now()
+    for told in notices:
+        note(told)
+    vms = [each for each in vms if state in (None, each.phase) and wanted <= each.vm.labels.items()]
+    if quiet:
+        for each in vms:
+            click.echo(each.vm.name)
+    elif format != "table":
+        emit(vms, format)
+    else:
+        print_table(("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "PORTS", "CREATED"), [_row(each) for each in vms])
+
+
+def _row(info: VmInfo) -> tuple[str, ...]:
+    vm = info.vm
+    return (
+        vm.name,
+        _state(info),
+        vm.image or "-",
+        str(vm.spec.cpu.count),
+        format_size(vm.spec.memory),
+        ", ".join(_ports(vm.spec)) or "-",
+        age(vm.created_at),
+    )
+
+
+def _state(info: VmInfo) -> str:
+    """The phase, with what is being done to it, or why it ended if not on demand."""
+    if info.operation:
+        return f"{info.phase} ({info.operation})"
+    if info.exit and info.exit.reason not in ("stopped", "guest-shutdown"):
+        return f"{info.phase} ({info.exit.reason})"
+    return str(info.phase)
+
+
+def _ports(spec: "VmSpec") -> list[str]:
+    found = []
+    for nic in spec.nics:
+        for port in nic.ports:
+            address = "" if port.host_address == "127.0.0.1" else f"{port.host_address}:"
+            suffix = "" if port.protocol == "tcp" else f"/{port.protocol}"
+            found.append(f"{address}{port.host_port}->{port.guest_port}{suffix}")
+    return found
+
+
+@click.command("show")
+@click.argument("vm", type=VM)
+@format_option
+def show_command(vm: str, format: Format) -> None:
+    """Tell all about a VM: its hardware, its state, how its last run ended.
+
+    \b
+    Examples:
+      atoll show web
+      atoll show web --format json
+    """
+    from atoll.cli.session import perform
+
+    async def action(host: "AsyncHost") -> VmInfo:
+        return await (await host.get(vm)).info()
+
+    info = perform(action, cancelled="")
+    if format != "table":
+        emit(info, format)
+        return
+    print_description([pair for pair in _description(info) if pair[1]])
+
+
+def _description(info: VmInfo) -> list[tuple[str, str]]:
+    vm, spec = info.vm, info.vm.spec
+    disks = "\n".join(
+        f"{disk.name} {format_size(disk.size)} {disk.bus}{' CD' if disk.media == 'cdrom' else ''}"
+        for disk in spec.disks
+    )
+    return [
+        ("Name", vm.name),
+        ("Id", vm.id),
+        ("State", _state(info)),
+        ("Last end", _last_end(info)),
+        ("Last lines", info.vm.last_exit.last_lines if info.vm.last_exit else ""),
+        ("Image", vm.image),
+        ("Created", f"{moment(vm.created_at)} ({age(vm.created_at)})"),
+        ("Process", _process(info)),
+        ("Machine", f"{spec.machine_type or spec.machine}, {spec.arch}, {spec.boot.firmware}"),
+        ("CPUs", f"{spec.cpu.count} (up to {spec.cpu.maximum}), {spec.cpu.model}"),
+        ("Memory", format_size(spec.memory)),
+        ("Disks", disks),
+        ("Network", "\n".join(f"{nic.name} {nic.mac} {nic.model}" for nic in spec.nics)),
+        ("Ports", "\n".join(_ports(spec))),
+        ("Display", spec.display),
+        ("Guest agent", "yes" if spec.guest.agent else "no"),
+        ("Labels", "\n".join(f"{key}={value}" for key, value in vm.labels.items())),
+        ("At next start", "changed settings take effect" if vm.pending else ""),
+        ("When stopped", "it is removed" if vm.remove_when_stopped else ""),
+    ]
+
+
+def _last_end(info: VmInfo) -> str:
+    ended = info.vm.last_exit
+    if ended is None:
+        return ""
+    return f"{ended.reason}, {moment(ended.at)}" + (f": {ended.detail}" if ended.detail else "")
+
+
+def _process(info: VmInfo) -> str:
+    run = info.vm.run
+    if run is None:
+        return ""
+    return f"{run.pid}, QEMU {run.qemu_version}, {run.accelerator}, since {moment(run.started_at)}"

@@ -1,0 +1,243 @@
+"""Looks at this computer for whatever Atoll needs: what was found, what that means, and the command that mends it."""
+
+import asyncio
+import io
+import os
+import pwd
+import re
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+from atoll.errors import AtollError, MissingTool, from_os_error
+from atoll.host import accelerator, facts, process
+from atoll.host.checks import Check, kernel_features, resources
+from atoll.host.files import make_folder
+from atoll.layout import Layout
+from atoll.model.spec import Arch
+
+__all__ = ["Check", "examine"]
+
+OLDEST_QEMU = (8, 2)
+FIRMWARE_PACKAGES: dict[Arch, str] = {"x86_64": "ovmf", "aarch64": "qemu-efi-aarch64", "riscv64": "qemu-efi-riscv64"}
+
+
+async def examine(layout: Layout, *, read_records: Callable[[], str] | None = None) -> list[Check]:
+    """All checks, in the order in which a reader should mend them. Takes about a second; raises nothing.
+
+    `read_records` opens the records and tells what it found, since they are none of this layer's business.
+    """
+    engines = await asyncio.gather(*(_engine(arch) for arch in get_args(Arch)))
+    return [
+        *engines,
+        *await _accelerators(layout),
+        *(_firmware(arch) for arch in get_args(Arch)),
+        *_tools(),
+        await _archive_reader(),
+        _sub_ids(),
+        *_folders(layout),
+        *_records(layout, read_records),
+        *resources(layout),
+        *kernel_features(),
+    ]
+
+
+def _install(package: str) -> str:
+    return f"sudo apt-get install {package}"
+
+
+async def _engine(arch: Arch) -> Check:
+    name, program = f"QEMU for {arch}", f"qemu-system-{arch}"
+    vital = arch == facts.architecture()
+    meaning = f"{arch} guests can't run"
+    try:
+        said = (await process.run([program, "--version"])).text
+    except MissingTool:
+        remedy = _install(process.PACKAGES[program])
+        return Check(name=name, ok=_bad(vital), found="not installed", meaning=meaning, remedy=remedy)
+    except (AtollError, OSError) as error:
+        return Check(name=name, ok=_bad(vital), found=str(error), meaning=meaning, remedy=_reinstall(program))
+    version = re.search(r"version (\d+)\.(\d+)\S*", said)
+    if version is None or (int(version[1]), int(version[2])) < OLDEST_QEMU:
+        wanted = ".".join(map(str, OLDEST_QEMU))
+        return Check(
+            name=name,
+            ok=_bad(vital),
+            found=version[0] if version else said.strip()[:80],
+            meaning=f"Atoll needs QEMU {wanted} or newer",
+            remedy="./dev setup (Debian 12 has a newer one in its backports suite)",
+        )
+    return Check(name=name, ok="ok", found=f"{process.find(program)}, {version[0]}")
+
+
+def _bad(vital: bool) -> Literal["warning", "failed"]:
+    return "failed" if vital else "warning"
+
+
+def _reinstall(program: str) -> str:
+    return f"sudo apt-get install --reinstall {process.PACKAGES.get(program, program)}"
+
+
+async def _accelerators(layout: Layout) -> list[Check]:
+    program = f"qemu-system-{facts.architecture()}"
+    try:
+        proofs = await accelerator.prove(layout, Path(process.find(program)))
+    except AtollError as error:
+        meaning = "without QEMU nothing can be said about accelerators"
+        return [Check(name="Accelerator", ok="failed", found=str(error), meaning=meaning, remedy=error.next_step)]
+    return [_accelerator(proof) for proof in proofs]
+
+
+def _accelerator(proof: accelerator.Accelerator) -> Check:
+    name = f"Accelerator {proof.name}"
+    if proof.usable:
+        return Check(name=name, ok="ok", found=proof.reason)
+    if proof.name == "tcg":
+        meaning, remedy = "guests of other architectures can't run", _reinstall(f"qemu-system-{facts.architecture()}")
+    else:
+        meaning, remedy = "guests run in software, many times slower, and just as correctly", _kvm_remedy()
+    return Check(name=name, ok="warning", found=proof.reason, meaning=meaning, remedy=remedy)
+
+
+def _kvm_remedy() -> str:
+    state, flags = facts.kvm_state(), facts.cpu().flags
+    if facts.architecture() == "x86_64" and not flags & {"vmx", "svm"}:
+        if "hypervisor" in flags:
+            return "this computer is a virtual machine itself: switch on nested virtualization where it is hosted"
+        return "switch on virtualization (VT-x, AMD-V) in the computer's firmware settings"
+    if state == "forbidden":
+        return f"sudo usermod --append --groups kvm {_user_name()}, then log in again"
+    if state == "absent":
+        return f"sudo modprobe {'kvm_intel' if 'vmx' in flags else 'kvm_amd' if 'svm' in flags else 'kvm'}"
+    return "sudo dmesg | grep -i kvm (the kernel says there what is wrong with it)"
+
+
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def _firmware(arch: Arch) -> Check:
+    # QEMU's docs/interop/firmware.json: descriptor files, the user's own before the administrator's and the system's.
+    name, pattern = f"UEFI for {arch}", re.compile(rf'"architecture"\s*:\s*"{arch}"')
+    own = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    for folder in (own / "qemu/firmware", Path("/etc/qemu/firmware"), Path("/usr/share/qemu/firmware")):
+        for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+            if pattern.search(file.read_text(errors="replace")):
+                return Check(name=name, ok="ok", found=str(file))
+    meaning = f"{arch} guests boot from a kernel given directly" + (" or by BIOS" if arch == "x86_64" else "") + " only"
+    remedy = _install(FIRMWARE_PACKAGES[arch]) + (" (Debian 13 and newer)" if arch == "riscv64" else "")
+    return Check(name=name, ok="warning", found="no descriptor names one", meaning=meaning, remedy=remedy)
+
+
+def _tool(program: str, purpose: str, *, vital: bool = False) -> Check:
+    try:
+        return Check(name=program, ok="ok", found=process.find(program))
+    except MissingTool:
+        remedy = _install(process.PACKAGES.get(program, program))
+        return Check(name=program, ok=_bad(vital), found="not installed", meaning=purpose, remedy=remedy)
+
+
+def _tools() -> list[Check]:
+    return [
+        _tool("qemu-img", "no disk can be made or converted", vital=True),
+        _tool("mmdebstrap", "`atoll image build debian:*` doesn't work"),
+        _tool("newuidmap", "an ordinary user can't build Debian images"),
+        _tool("sfdisk", "UEFI disks can't be built"),
+        _tool("mkfs.vfat", "UEFI disks can't be built"),
+        _tool("mcopy", "UEFI disks can't be built"),
+        _tool("objcopy", "UEFI disks can't be built"),
+        _boot_stub(),
+        _tool("dpkg-deb", "`atoll image build` can't unpack packages"),
+        _tool("zstd", "kernels packed with it can't be unpacked"),
+    ]
+
+
+def _boot_stub() -> Check:
+    folder = Path("/usr/lib/systemd/boot/efi")
+    stubs = sorted(folder.glob("linux*.efi.stub")) if folder.is_dir() else []
+    if stubs:
+        return Check(name="UEFI boot stub", ok="ok", found=", ".join(map(str, stubs)))
+    remedy = _install("systemd-boot-efi")
+    return Check(name="UEFI boot stub", ok="warning", found=f"none in {folder}", meaning="no UEFI disks", remedy=remedy)
+
+
+async def _archive_reader() -> Check:
+    """Tries it: whether mke2fs reads archives depends on its version, its build, and a library found at run time."""
+    name, program = "mke2fs from an archive", "mke2fs"
+    meaning = "root file systems of built images can't be made without root"
+    remedy = "sudo apt-get install e2fsprogs libarchive13t64 (at least e2fsprogs 1.47.1; Debian 12: see ./dev setup)"
+    try:
+        with tempfile.TemporaryDirectory(prefix="atoll-doctor-") as folder:
+            archive, disk = Path(folder, "root.tar"), Path(folder, "disk")
+            with tarfile.open(archive, "w") as tar:
+                tar.addfile(tarfile.TarInfo("hello"), io.BytesIO())
+            await process.run([program, "-q", "-t", "ext4", "-O", "^has_journal", "-d", archive, disk, "1M"])
+    except MissingTool as error:
+        return Check(name=name, ok="warning", found=error.what, meaning=meaning, remedy=error.next_step)
+    except (AtollError, OSError) as error:
+        return Check(name=name, ok="warning", found=str(error), meaning=meaning, remedy=remedy)
+    return Check(name=name, ok="ok", found=process.find(program))
+
+
+def _sub_ids() -> Check:
+    name, user = "Subordinate ids", _user_name()
+    if os.getuid() == 0:
+        return Check(name=name, ok="ok", found="not needed by root")
+    lacking = [file for file in ("/etc/subuid", "/etc/subgid") if not _lists_user(Path(file), user)]
+    if not lacking:
+        return Check(name=name, ok="ok", found="in /etc/subuid and /etc/subgid")
+    return Check(
+        name=name,
+        ok="warning",
+        found=f"{user} has none in {' and '.join(lacking)}",
+        meaning="this user can't build Debian images",
+        remedy=f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
+    )
+
+
+def _lists_user(file: Path, user: str) -> bool:
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    # subuid(5): name or number, first id, count; fewer than 65536 don't hold a distribution's users.
+    entries = [line.split(":") for line in lines]
+    return any(len(e) == 3 and e[0] in (user, str(os.getuid())) and int(e[2] or 0) >= 65536 for e in entries)
+
+
+def _folders(layout: Layout) -> list[Check]:
+    return [
+        _folder("Data folder", layout.data, "XDG_DATA_HOME"),
+        _folder("Runtime folder", layout.run, "XDG_RUNTIME_DIR"),
+        _folder("Cache folder", layout.cache, "XDG_CACHE_HOME"),
+    ]
+
+
+def _folder(name: str, path: Path, variable: str) -> Check:
+    try:
+        make_folder(path)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"written")
+    except AtollError as error:
+        found = str(error)
+    except OSError as error:
+        found = str(from_os_error(error, f"write into {path}"))
+    else:
+        return Check(name=name, ok="ok", found=str(path))
+    remedy = f"make it writable, or set ATOLL_HOME (or {variable}) to a folder that is"
+    return Check(name=name, ok="failed", found=found, meaning="Atoll has no place for its things", remedy=remedy)
+
+
+def _records(layout: Layout, read_records: Callable[[], str] | None) -> list[Check]:
+    if read_records is None:
+        return []
+    try:
+        return [Check(name="Records", ok="ok", found=read_records())]
+    except AtollError as error:
+        meaning = f"VMs and images are known by {layout.database} only"
+        return [Check(name="Records", ok="failed", found=str(error), meaning=meaning, remedy=error.next_step)]

@@ -1,0 +1,216 @@
+"""Facts about this computer and its processes, read from /proc and /sys. Nothing here changes anything.
+
+Imported by every command, so nothing slow is imported here. Field numbers and file names are those of proc(5).
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from atoll.errors import from_os_error
+from atoll.model.spec import Arch
+
+PROC = Path("/proc")
+KVM = Path("/dev/kvm")
+
+
+class Identified(Protocol):
+    """Anything that names a process for ever: a `ProcessIdentity`, a VM's `Run`, an operation's `Owner`."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def start_time(self) -> int: ...
+    @property
+    def boot_id(self) -> str: ...
+
+
+class ProcessIdentity(Struct, frozen=True, kw_only=True):
+    """A pid is given again; with the start time and the boot it never is."""
+
+    pid: int
+    start_time: int
+    """Clock ticks since the host's boot (`/proc/PID/stat`, field 22)."""
+    boot_id: str
+
+
+@cache
+def boot_id() -> str:
+    """The random id that the kernel gave to this boot."""
+    return (PROC / "sys/kernel/random/boot_id").read_text().strip()
+
+
+def identity_of(pid: int) -> ProcessIdentity | None:
+    """The identity of a process that runs now; None when there is none, or only its zombie."""
+    stat = _stat_of(pid)
+    if stat is None:
+        return None
+    return ProcessIdentity(pid=pid, start_time=stat[1], boot_id=boot_id())
+
+
+def is_alive(identity: Identified) -> bool:
+    """Whether that very process still runs. A zombie, a later process of the same pid, or another boot's is dead."""
+    if identity.boot_id != boot_id():
+        return False
+    stat = _stat_of(identity.pid)
+    return stat is not None and stat[1] == identity.start_time
+
+
+def scan_for(marker: str, *, after: str | None = None) -> list[int]:
+    """The pids of this user's processes that have `marker` as a whole word of their argv; our own isn't told.
+
+    `after` is the word that must stand before it: `scan_for(uuid, after="-uuid")` finds a QEMU, but not a command of
+    ours that was given the same id.
+    """
+    wanted, before = os.fsencode(marker), None if after is None else os.fsencode(after)
+    found = []
+    for name in os.listdir(PROC):  # noqa: PTH208 - listed by each command: a Path for each process is too slow
+        if not name.isdecimal() or int(name) == os.getpid():
+            continue
+        words = _argv_of(int(name))
+        if any(
+            word == wanted and (before is None or (index > 0 and words[index - 1] == before))
+            for index, word in enumerate(words)
+        ) and _belongs_to_us(int(name)):
+            found.append(int(name))
+    return sorted(found)
+
+
+def _stat_of(pid: int) -> tuple[str, int] | None:
+    """State and start time of a process that isn't dead."""
+    try:
+        content = (PROC / str(pid) / "stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the program's name in parentheses, which may itself have spaces and parentheses.
+    fields = content[content.rindex(b")") + 2 :].split()
+    state, start_time = fields[0].decode(), int(fields[19])
+    return None if state in "ZXx" else (state, start_time)
+
+
+def _argv_of(pid: int) -> list[bytes]:
+    try:
+        descriptor = os.open(f"{PROC}/{pid}/cmdline", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return []
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read().split(b"\0")[:-1]
+    except OSError:
+        return []
+
+
+def _belongs_to_us(pid: int) -> bool:
+    # Not the folder's owner: that is root for a process that changed its user or its capabilities.
+    try:
+        status = (PROC / str(pid) / "status").read_text(errors="replace")
+    except OSError:
+        return False
+    for line in status.splitlines():
+        if line.startswith("Uid:"):
+            return int(line.split()[1]) == os.getuid()
+    return False
+
+
+class Cpu(Struct, frozen=True, kw_only=True):
+    """The processors that this process may use."""
+
+    count: int
+    model: str
+    flags: frozenset[str]
+    """As in /proc/cpuinfo: `vmx` or `svm` tell that an x86 processor can run guests itself."""
+
+
+class Memory(Struct, frozen=True, kw_only=True):
+    """Bytes of the whole computer. `available` is what new programs can take without swapping."""
+
+    total: int
+    available: int
+
+
+KvmState = Literal["usable", "absent", "forbidden", "broken"]
+
+ARCHITECTURES: dict[str, Arch] = {
+    "x86_64": "x86_64",
+    "amd64": "x86_64",
+    "aarch64": "aarch64",
+    "arm64": "aarch64",
+    "riscv64": "riscv64",
+}
+
+
+def architecture() -> str:
+    """This computer's processor architecture, by QEMU's name where QEMU has one."""
+    machine = os.uname().machine
+    return ARCHITECTURES.get(machine, machine)
+
+
+def cpu() -> Cpu:
+    """The processors, from /proc/cpuinfo (Arm's has no model name, and calls the flags features)."""
+    entries: dict[str, str] = {}
+    for line in (PROC / "cpuinfo").read_text(errors="replace").splitlines():
+        name, separator, value = line.partition(":")
+        if separator:
+            entries.setdefault(name.strip().lower(), value.strip())
+    return Cpu(
+        count=len(os.sched_getaffinity(0)),
+        model=entries.get("model name") or entries.get("uarch") or architecture(),
+        flags=frozenset((entries.get("flags") or entries.get("features") or "").split()),
+    )
+
+
+def memory() -> Memory:
+    """The memory, from /proc/meminfo."""
+    entries = {}
+    for line in (PROC / "meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        entries[name] = int(value.split()[0]) * 1024
+    return Memory(total=entries["MemTotal"], available=entries["MemAvailable"])
+
+
+def free_disk(path: Path) -> int:
+    """Bytes that this user can still write below `path`, which needn't exist yet. Raises `StorageFailed`."""
+    folder = path.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        found = os.statvfs(folder)
+    except OSError as error:
+        raise from_os_error(error, f"look at {folder}") from error
+    return found.f_bavail * found.f_frsize
+
+
+def kvm_state() -> KvmState:
+    """Whether /dev/kvm can be opened. That doesn't prove that guests run: see `accelerator.py`."""
+    try:
+        descriptor = os.open(KVM, os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return "absent"
+    except PermissionError:
+        return "forbidden"
+    except OSError:
+        return "broken"
+    os.close(descriptor)
+    return "usable"
+
+
+def cpu_seconds(pid: int) -> float:
+    """The processor time that a process has used in all its threads; 0 when it is gone."""
+    try:
+        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    # utime and stime are fields 14 and 15 of the file, 12 and 13 after the name.
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_resident(pid: int) -> int:
+    """Bytes of a process that are in memory; 0 when it is gone."""
+    try:
+        pages = int((PROC / str(pid) / "statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

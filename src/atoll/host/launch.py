@@ -1,0 +1,74 @@
+"""Does what a `LaunchPlan` says: opens files, binds sockets, starts QEMU detached with exactly those descriptors."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from atoll.errors import EngineFailed, StorageFailed, from_os_error
+from atoll.host.sockets import listen
+from atoll.model.launch import LaunchPlan
+
+_FLAGS = {
+    "read": os.O_RDONLY,
+    "read-write": os.O_RDWR,
+    # Write-only, as QEMU asks of a descriptor for a log: the access modes have to match exactly.
+    "append": os.O_WRONLY | os.O_APPEND | os.O_CREAT,
+}
+
+
+def launch(plan: LaunchPlan, *, log: Path) -> subprocess.Popen[bytes]:
+    """Start QEMU in a session of its own, with its output in `log`. It outlives us.
+
+    Raises `StorageFailed` when a file can't be opened, `EngineFailed` when the binary can't be started.
+    """
+    with contextlib.ExitStack() as stack:
+        descriptors = dict(_open_all(plan, stack))
+        argv = [plan.binary, *(_fill(word, descriptors) for word in plan.argv)]
+        output = stack.enter_context(log.open("ab"))
+        try:
+            return subprocess.Popen(
+                argv,
+                pass_fds=tuple(descriptors.values()),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=plan.working_folder,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EngineFailed(f"{plan.binary} can't be started", str(error), "Run `atoll doctor`.") from error
+
+
+def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack) -> Iterator[tuple[str, int]]:
+    for file in plan.files:
+        try:
+            descriptor = os.open(file.path, _FLAGS[file.access] | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError as error:
+            raise StorageFailed(
+                f"{file.path} is not there",
+                f"it is needed as '{file.name}'",
+                "Run `atoll doctor`, or restore that file.",
+            ) from error
+        except OSError as error:
+            raise from_os_error(error, f"open {file.path}") from error
+        stack.callback(os.close, descriptor)
+        yield file.name, descriptor
+    for listener in plan.listeners:
+        server = stack.enter_context(listen(Path(listener.path)))
+        yield listener.name, server.fileno()
+    for feed in plan.feeds:
+        reading, writing = os.pipe()
+        stack.callback(os.close, reading)
+        os.write(writing, feed.content)
+        os.close(writing)
+        yield feed.name, reading
+
+
+def _fill(word: str, descriptors: dict[str, int]) -> str:
+    if "@fd:" not in word:
+        return word
+    for name, number in descriptors.items():
+        word = word.replace(f"@fd:{name}@", str(number))
+    return word

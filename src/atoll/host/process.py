@@ -1,0 +1,156 @@
+"""The one way to run a program: argv in, bytes out, a pasteable command in the error, nothing left behind."""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.errors import MissingTool, ProcessFailed
+
+GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL for a program that is interrupted."""
+
+# Debian's package for each program that we may run, for the hint in the error.
+PACKAGES = {
+    "qemu-img": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-system-aarch64": "qemu-system-arm",
+    "qemu-system-riscv64": "qemu-system-misc",
+    "mmdebstrap": "mmdebstrap",
+    "mke2fs": "e2fsprogs",
+    "sfdisk": "fdisk",
+    "mkfs.vfat": "dosfstools",
+    "mcopy": "mtools",
+    "objcopy": "binutils",
+    "dpkg-deb": "dpkg",
+    "zstd": "zstd",
+    "newuidmap": "uidmap",
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that ended."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def text(self) -> str:
+        return self.stdout.decode(errors="replace")
+
+
+def find(program: str) -> str:
+    """The program's path, also from the system folders that an ordinary user's PATH lacks. Raises `MissingTool`."""
+    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin:/usr/local/sbin")
+    if path is None:
+        package = PACKAGES.get(program, program)
+        raise MissingTool(f"{program} is not installed", next_step=f"Install it: `sudo apt-get install {package}`.")
+    return path
+
+
+async def run(
+    argv: Sequence[str | Path],
+    *,
+    stdin: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+    check: bool = True,
+    on_line: Callable[[str], None] | None = None,
+    on_output: Callable[[bytes], None] | None = None,
+) -> Finished:
+    """Run a program to its end. Raises `ProcessFailed` on a non-zero exit if `check`, `MissingTool` if it isn't there.
+
+    `on_line` gets each line of standard error as it comes, `on_output` what comes on standard output. When the caller
+    is cancelled, the program and what it started get SIGTERM, then SIGKILL.
+    """
+    words = [find(str(argv[0])), *(str(word) for word in argv[1:])]
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=None if env is None else {**os.environ, **env},
+        cwd=cwd,
+        pass_fds=tuple(pass_fds),
+        start_new_session=True,
+    )
+    async with _ended_with_us(process):
+        finished = await _communicate(process, stdin=stdin, on_line=on_line, on_output=on_output)
+    if check and finished.exit_code != 0:
+        raise failure(words, finished)
+    return finished
+
+
+def failure(argv: Sequence[str], finished: Finished) -> ProcessFailed:
+    """The error of a program that failed: its last lines, and a command to paste."""
+    lines = (finished.stderr or finished.stdout).decode(errors="replace").strip().splitlines()
+    said = "; ".join(line.strip() for line in lines[-4:]) or "it said nothing"
+    how = f"exit code {finished.exit_code}" if finished.exit_code >= 0 else f"signal {-finished.exit_code}"
+    return ProcessFailed(f"{Path(argv[0]).name} failed ({how})", said, f"To see it again: {shlex.join(argv)}")
+
+
+@contextlib.asynccontextmanager
+async def _ended_with_us(process: asyncio.subprocess.Process) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        if process.returncode is None:
+            _signal_group(process.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.shield(asyncio.wait_for(process.wait(), GRACE))
+        if process.returncode is None:
+            _signal_group(process.pid, signal.SIGKILL)
+            await asyncio.shield(process.wait())
+
+
+def _signal_group(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)
+
+
+async def _communicate(
+    process: asyncio.subprocess.Process,
+    *,
+    stdin: bytes | None,
+    on_line: Callable[[str], None] | None,
+    on_output: Callable[[bytes], None] | None,
+) -> Finished:
+    async def output() -> bytes:
+        assert process.stdout is not None
+        if on_output is None:
+            return await process.stdout.read()
+        kept: list[bytes] = []
+        while chunk := await process.stdout.read(1 << 16):
+            kept.append(chunk)
+            on_output(chunk)
+        return b"".join(kept)
+
+    async def errors() -> bytes:
+        assert process.stderr is not None
+        if on_line is None:
+            return await process.stderr.read()
+        kept: list[bytes] = []
+        with contextlib.suppress(asyncio.LimitOverrunError, ValueError):
+            async for line in process.stderr:
+                kept.append(line)
+                on_line(line.decode(errors="replace").rstrip())
+        return b"".join(kept[-200:])
+
+    async def feed() -> None:
+        if stdin is None or process.stdin is None:
+            return
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            process.stdin.write(stdin)
+            await process.stdin.drain()
+        process.stdin.close()
+
+    stdout, stderr, _ = await asyncio.gather(output(), errors(), feed())
+    return Finished(exit_code=await process.wait(), stdout=stdout, stderr=stderr)

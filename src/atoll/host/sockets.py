@@ -1,0 +1,54 @@
+"""Unix sockets that are handed to QEMU, and connections to them.
+
+A socket's address has at most 107 bytes (`sun_path`, unix(7)), and a folder under ATOLL_HOME may be longer. So sockets
+are bound and reached as `/proc/self/fd/N/name`, N being the opened folder.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from atoll.errors import from_os_error
+
+
+@contextlib.contextmanager
+def _address(path: Path) -> Iterator[str]:
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def listen(path: Path, *, backlog: int = 64) -> socket.socket:
+    """A listening socket at `path`, in place of one that was there. Raises `StorageFailed`.
+
+    The folder's mode (0700) keeps other users out. QEMU gets the descriptor and serves it; whoever connects before QEMU
+    is up waits in the backlog, so nobody has to try again and again.
+    """
+    path.unlink(missing_ok=True)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        with _address(path) as address:
+            server.bind(address)
+        server.listen(backlog)
+    except OSError as error:
+        server.close()
+        raise from_os_error(error, f"listen on {path}") from error
+    return server
+
+
+def connect(path: Path) -> socket.socket:
+    """A non-blocking connection. Raises `FileNotFoundError` or `ConnectionRefusedError` when nobody listens."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        client.setblocking(False)
+        with _address(path) as address:
+            # A Unix socket connects at once or fails: with EAGAIN when the backlog is full.
+            client.connect(address)
+    except BaseException:
+        client.close()
+        raise
+    return client

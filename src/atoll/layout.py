@@ -1,0 +1,166 @@
+"""Every path, socket and file name on disk, and nothing else.
+
+For a user the XDG directories are used, for root `/var/lib/atoll`, `/var/cache/atoll` and `/run/atoll`. `ATOLL_HOME`
+puts everything under one folder. Nothing here touches the disk, except `find` which looks whether the session's runtime
+directory is there.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class VmPaths:
+    """The files of one VM: `home` outlives a reboot, `run` has sockets and locks."""
+
+    home: Path
+    run: Path
+
+    def disk(self, name: str) -> Path:
+        """The writable head of one disk."""
+        return self.home / f"{name}.qcow2"
+
+    @property
+    def nvram(self) -> Path:
+        """The UEFI variables of this VM."""
+        return self.home / "nvram.fd"
+
+    @property
+    def seed(self) -> Path:
+        """The first-boot seed (a NoCloud ISO)."""
+        return self.home / "seed.iso"
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "log"
+
+    @property
+    def serial_log(self) -> Path:
+        """What the guest wrote to its first serial line."""
+        return self.logs / "serial.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        """QEMU's standard error."""
+        return self.logs / "qemu.log"
+
+    @property
+    def event_log(self) -> Path:
+        """QMP events, written by QEMU itself: the evidence of how it ended when nobody of ours was there."""
+        return self.logs / "events.jsonl"
+
+    @property
+    def command_line(self) -> Path:
+        """QEMU's command line of the last start, for people; never read back."""
+        return self.logs / "command.txt"
+
+    def socket(self, name: str) -> Path:
+        """A listening socket handed to QEMU: `control`, `observe`, `agent`, `serial`, `vnc`, or a stream port."""
+        return self.run / f"{name}.sock"
+
+    def lock(self, name: str) -> Path:
+        """A lock file for `flock`: an agent exchange or a stream slot."""
+        return self.run / f"{name}.lock"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this Atoll keeps its things."""
+
+    data: Path
+    cache: Path
+    run: Path
+
+    @property
+    def database(self) -> Path:
+        return self.data / "atoll.db"
+
+    @property
+    def layers(self) -> Path:
+        """Frozen disk layers, mode 0444, named `{id}.qcow2`."""
+        return self.data / "layers"
+
+    def layer(self, layer_id: str) -> Path:
+        return self.layers / f"{layer_id}.qcow2"
+
+    @property
+    def blobs(self) -> Path:
+        """Frozen plain files (kernels, initial RAM disks, ISO images), mode 0444, named by their SHA-256."""
+        return self.data / "blobs"
+
+    def blob(self, sha256: str) -> Path:
+        return self.blobs / sha256
+
+    @property
+    def temporary(self) -> Path:
+        """Unfinished files, on the same file system as layers and blobs so that a rename is enough."""
+        return self.data / "tmp"
+
+    @property
+    def catalogue(self) -> Path:
+        """The user's additions to the list of images that can be pulled, and other addresses for its publishers."""
+        return self.data / "catalogue.yaml"
+
+    @property
+    def vms(self) -> Path:
+        return self.data / "vms"
+
+    def vm(self, vm_id: str) -> VmPaths:
+        return VmPaths(home=self.vms / vm_id, run=self.run / "vms" / vm_id)
+
+    @property
+    def locks(self) -> Path:
+        return self.run / "locks"
+
+    def vm_lock(self, vm_id: str) -> Path:
+        """Held (flock) by whoever drives the VM: a command, or the agent."""
+        return self.locks / f"{vm_id}.lock"
+
+    def named_lock(self, name: str) -> Path:
+        """A lock for a thing that isn't a VM: an image build, the recovery."""
+        return self.locks / f"{name}.lock"
+
+    @property
+    def capabilities(self) -> Path:
+        """What each QEMU binary said that it can do."""
+        return self.cache / "capabilities"
+
+    @property
+    def accelerator(self) -> Path:
+        """The proof, or the refusal, of each accelerator."""
+        return self.cache / "accelerator.json"
+
+    @property
+    def downloads(self) -> Path:
+        """Partial and finished downloads, resumable."""
+        return self.cache / "downloads"
+
+    @property
+    def packages(self) -> Path:
+        """Distribution packages that images are built from."""
+        return self.cache / "packages"
+
+    @property
+    def wake(self) -> Path:
+        """A file that is touched after each recorded event, so that followers can wait with inotify."""
+        return self.run / "wake"
+
+
+def find(environment: dict[str, str] | None = None, user_id: int | None = None) -> Layout:
+    """The layout for this user: `ATOLL_HOME`, else root's directories, else the XDG directories."""
+    env = dict(os.environ) if environment is None else environment
+    uid = os.getuid() if user_id is None else user_id
+    if home := env.get("ATOLL_HOME"):
+        root = Path(home).expanduser().absolute()
+        return Layout(data=root / "data", cache=root / "cache", run=root / "run")
+    if uid == 0:
+        return Layout(data=Path("/var/lib/atoll"), cache=Path("/var/cache/atoll"), run=Path("/run/atoll"))
+    user_home = Path(env.get("HOME") or Path.home())
+    data = Path(env.get("XDG_DATA_HOME") or user_home / ".local/share") / "atoll"
+    cache = Path(env.get("XDG_CACHE_HOME") or user_home / ".cache") / "atoll"
+    runtime = env.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        return Layout(data=data, cache=cache, run=Path(runtime) / "atoll")
+    # `su`, cron and containers have no session: a folder beside the data serves as well, since phases are observed.
+    return Layout(data=data, cache=cache, run=data / "run")

@@ -1,0 +1,107 @@
+"""What the verbs take. The same Structs serve the CLI, the SDK and, later, the HTTP API."""
+
+from typing import Literal
+
+from msgspec import Struct, field
+
+from atoll.model.spec import AcceleratorChoice, Arch, Bus, Firmware, Machine, PortSpec
+
+
+class DiskRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A further disk: a blank one of `size`, or an existing image's disk, or an ISO image's."""
+
+    name: str = ""
+    """`data1`, `data2` … when empty."""
+    size: str | int | None = None
+    image: str | None = None
+    bus: Bus | None = None
+
+
+class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A new VM. What is None comes from the image, else from Atoll's defaults."""
+
+    image: str | None = None
+    """A reference to an image; None for a VM without one (blank disks, ISO, firmware only)."""
+    name: str | None = None
+    """Made up (`brave-otter`) when None."""
+    cpus: int | None = None
+    max_cpus: int | None = None
+    cpu_model: str | None = None
+    sockets: int | None = None
+    threads: int | None = None
+    memory: str | int | None = None
+    disk_size: str | int | None = None
+    """The size of the first disk; not smaller than the image's."""
+    disks: tuple[DiskRequest, ...] = ()
+    ports: tuple[PortSpec, ...] = ()
+    network: Literal["user", "none"] = "user"
+    restrict_network: bool = False
+    mac: str | None = None
+    arch: Arch | None = None
+    machine: Machine | None = None
+    firmware: Firmware | None = None
+    accelerator: AcceleratorChoice = "auto"
+    cdrom: tuple[str, ...] = ()
+    """Images (of ISO files) put into CD drives."""
+    disk_bus: Bus | None = None
+    nic_model: Literal["virtio", "e1000e", "e1000"] | None = None
+    display: Literal["none", "vga", "virtio"] | None = None
+    cmdline: str | None = None
+    """Added to the kernel's command line (direct kernel boot)."""
+    user: str | None = None
+    password: str | None = None
+    ssh_keys: tuple[str, ...] = ()
+    user_data: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    remove_when_stopped: bool = False
+
+
+class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """New values; None leaves a setting alone."""
+
+    cpus: int | None = None
+    max_cpus: int | None = None
+    cpu_model: str | None = None
+    memory: str | int | None = None
+    disk_size: str | int | None = None
+    """Of the first disk; disks only grow."""
+    display: Literal["none", "vga", "virtio"] | None = None
+    accelerator: AcceleratorChoice | None = None
+    cmdline: str | None = None
+    agent: bool | None = None
+    """The guest agent was installed in it, or taken away."""
+    labels: dict[str, str | None] = field(default_factory=dict)
+    """None as a value takes the label away."""
+
+
+class ImportRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file that becomes an image."""
+
+    path: str
+    name: str | None = None
+    """The file's own stem when None."""
+    format: Literal["qcow2", "raw", "vmdk", "vdi", "vpc", "vhdx", "iso", "floppy", "kernel"] | None = None
+    arch: Arch | None = None
+    initrd: str | None = None
+    cmdline: str = ""
+    firmware: Firmware | None = None
+    agent: bool = False
+    description: str = ""
+
+
+class PullRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A published image: a name from the catalogue, or a URL."""
+
+    source: str
+    name: str | None = None
+    checksum: str | None = None
+    """`sha256:…` or `sha512:…`."""
+    arch: Arch | None = None
+
+
+class BuildRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An image made from packages: `tiny`, `debian:12`, `debian:13`."""
+
+    recipe: str
+    name: str | None = None
+    arch: Arch | None = None

@@ -1,0 +1,83 @@
+"""A VM's phase and which verbs each phase allows.
+
+           create                start                 guest powers off, stop, kill
+    (none) ──────▶ stopped ──────────────▶ running ──────────────────────────────▶ stopped
+                      ▲                     │   ▲
+                      │               pause ▼   │ resume
+                      └──────── stop ────── paused
+
+`starting` is a process that hasn't answered yet; `unknown` is one that can't be reached, and never means stopped.
+A phase is observed (process and QMP), never stored: see `operations/observe.py`.
+"""
+
+from enum import StrEnum
+from typing import Literal
+
+from atoll.errors import WrongState
+
+
+class Phase(StrEnum):
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    CRASHED = "crashed"
+    """The process lives, the guest doesn't: QEMU reports `internal-error`, `io-error` or `guest-panicked`."""
+    UNKNOWN = "unknown"
+
+
+Verb = Literal["start", "stop", "pause", "resume", "rm", "exec", "console", "reset", "hotplug"]
+
+ALLOWED: dict[Verb, frozenset[Phase]] = {
+    "start": frozenset({Phase.STOPPED}),
+    "stop": frozenset({Phase.RUNNING, Phase.PAUSED, Phase.STARTING, Phase.CRASHED, Phase.UNKNOWN}),
+    "pause": frozenset({Phase.RUNNING}),
+    "resume": frozenset({Phase.PAUSED}),
+    "rm": frozenset({Phase.STOPPED}),
+    "exec": frozenset({Phase.RUNNING}),
+    "console": frozenset({Phase.RUNNING, Phase.PAUSED, Phase.STARTING, Phase.CRASHED}),
+    "reset": frozenset({Phase.RUNNING, Phase.PAUSED, Phase.CRASHED}),
+    "hotplug": frozenset({Phase.RUNNING, Phase.PAUSED}),
+}
+
+# QEMU's RunState (qapi/run-state.json) as a phase.
+_RUN_STATES: dict[str, Phase] = {
+    "running": Phase.RUNNING,
+    "paused": Phase.PAUSED,
+    "suspended": Phase.RUNNING,
+    "prelaunch": Phase.STARTING,
+    "inmigrate": Phase.STARTING,
+    "debug": Phase.PAUSED,
+    "save-vm": Phase.PAUSED,
+    "restore-vm": Phase.PAUSED,
+    "finish-migrate": Phase.PAUSED,
+    "postmigrate": Phase.PAUSED,
+    "colo": Phase.RUNNING,
+    "watchdog": Phase.CRASHED,
+    "internal-error": Phase.CRASHED,
+    "io-error": Phase.CRASHED,
+    "guest-panicked": Phase.CRASHED,
+    "shutdown": Phase.STOPPED,
+}
+
+
+def phase_of_run_state(run_state: str) -> Phase:
+    """The phase of a QEMU that answered `query-status` with this state."""
+    return _RUN_STATES.get(run_state, Phase.UNKNOWN)
+
+
+def require(name: str, phase: Phase, verb: Verb) -> None:
+    """Raise `WrongState` unless a VM in this phase can do `verb`."""
+    if phase in ALLOWED[verb]:
+        return
+    next_steps = {
+        Phase.STOPPED: f"Start it with `atoll start {name}`.",
+        Phase.PAUSED: f"Let it go on with `atoll resume {name}`.",
+        Phase.RUNNING: f"Stop it with `atoll stop {name}`." if verb in ("rm", "start") else "",
+        Phase.STARTING: f"Wait for it with `atoll wait {name}`.",
+        Phase.CRASHED: f"See `atoll logs {name}`, then `atoll restart {name}`.",
+        Phase.UNKNOWN: f"See `atoll show {name}`; `atoll stop --force {name}` ends it.",
+    }
+    if verb == "rm" and phase is not Phase.STOPPED:
+        next_steps[phase] = f"Stop it first, or use `atoll rm --force {name}`."
+    raise WrongState(f"{name}: can't {verb}", f"it is {phase}", next_steps[phase])

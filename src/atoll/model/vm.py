@@ -1,0 +1,142 @@
+"""The record of a VM and what is told about it."""
+
+from typing import Any, Literal
+
+from msgspec import Struct, field
+
+from atoll.model.names import SHORT_ID
+from atoll.model.spec import VmSpec
+from atoll.model.state import Phase
+
+
+class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The QEMU process of the last start. With the boot's id, pid and start time name a process for ever."""
+
+    pid: int
+    start_time: int
+    """Clock ticks since the host's boot (`/proc/PID/stat`, field 22)."""
+    boot_id: str
+    started_at: float
+    accelerator: str
+    qemu_version: str
+    start_count: int = 1
+
+
+class Exit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the last run ended, as far as there is evidence."""
+
+    at: float
+    reason: Literal[
+        "guest-shutdown",
+        "guest-reset",
+        "guest-panic",
+        "stopped",
+        "killed",
+        "crashed",
+        "host-rebooted",
+        "start-failed",
+        "unknown",
+    ]
+    detail: str = ""
+    """The QMP event, the signal, or QEMU's last words."""
+    last_lines: str = ""
+    """What the guest wrote last on its serial line, when it wasn't stopped by us."""
+
+
+class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A VM as it is recorded. Its phase isn't here: that is observed."""
+
+    id: str
+    name: str
+    image: str
+    """The name of the image it was made from, for people; the layers are in the spec."""
+    created_at: float
+    spec: VmSpec
+    pending: VmSpec | None = None
+    """The spec that the next start takes, when `set` changed something that can't change live."""
+    run: Run | None = None
+    """Set when it was started; cleared when its end was recorded."""
+    last_exit: Exit | None = None
+    seeded: bool = False
+    """The first boot reached `ready`, so the seed has done its work."""
+    labels: dict[str, str] = field(default_factory=dict)
+    remove_when_stopped: bool = False
+
+    @property
+    def short_id(self) -> str:
+        return self.id[:SHORT_ID]
+
+    @property
+    def uuid(self) -> str:
+        """The id in the form that QEMU's `-uuid` takes."""
+        i = self.id
+        return f"{i[:8]}-{i[8:12]}-{i[12:16]}-{i[16:20]}-{i[20:]}"
+
+
+class VmInfo(Struct, frozen=True, kw_only=True):
+    """A VM as `ls` and `show` tell it: its record and what was observed."""
+
+    vm: Vm
+    phase: Phase
+    operation: str | None = None
+    """The verb that works on it at this moment."""
+    exit: Exit | None = None
+
+
+class Stats(Struct, frozen=True, kw_only=True):
+    """One reading of a running VM's use; counters since its start."""
+
+    at: float
+    cpu_seconds: float
+    memory_resident: int
+    memory_given: int
+    disk_read: int
+    disk_written: int
+    net_received: int | None = None
+    """As the guest's agent counts it; None where there is none."""
+    net_sent: int | None = None
+
+
+class Event(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Something that happened: an operation's end, or a change of phase."""
+
+    id: int
+    at: float
+    kind: str
+    """`vm.created`, `vm.started`, `vm.stopped`, `operation.undone`, `image.added` …"""
+    vm_id: str | None = None
+    name: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class ExecRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A command to run in the guest."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+    user: str | None = None
+    timeout: float | None = None
+    """Seconds after which the command and its children are killed."""
+
+
+class ExecResult(Struct, frozen=True, kw_only=True):
+    """How a command in the guest ended."""
+
+    exit_code: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+
+    @property
+    def text(self) -> str:
+        """Standard output as text, without the newline at its end."""
+        return self.stdout.decode(errors="replace").removesuffix("\n")
+
+
+class Change(Struct, frozen=True, kw_only=True):
+    """What `set` did: each setting with its new value, and when it holds."""
+
+    name: str
+    value: str
+    when: Literal["now", "next-start"]
+    why: str = ""

@@ -1,0 +1,187 @@
+"""set
+
+step      do                                                     undo
+apply     what QEMU can change live: add CPUs, move the balloon  the balloon back (added CPUs stay until the restart)
+record    the new values, for now or for the next start          (point of no return)
+"""
+
+import contextlib
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from atoll.errors import AtollError, InvalidInput
+from atoll.model.requests import SetRequest
+from atoll.model.spec import VmSpec
+from atoll.model.state import Phase
+from atoll.model.units import format_size
+from atoll.model.vm import Change, Vm
+from atoll.operations import disk, observe, resolve
+from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.power import control
+from atoll.operations.services import Services
+from atoll.qemu import devices
+
+
+class ConfigureRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    vm_id: str
+    change: SetRequest
+    """Applied to the record as it is under the lock: what others changed meanwhile stays."""
+
+
+async def configure(vm: Vm, request: SetRequest, *, services: Services) -> list[Change]:
+    """Change settings; each is told with when it holds. Raises `InvalidInput` before anything is changed."""
+    spec = _changed(vm.pending or vm.spec, request)
+    _changed_labels(vm.labels, request)
+    first = next((each.name for each in spec.disks if each.blob is None), "")
+    if request.disk_size is not None:
+        if not first:
+            raise InvalidInput(
+                f"{vm.name}: it has no disk that can grow", next_step=f"Add one with `atoll disk add {vm.name}`."
+            )
+        disk.check_growth(vm, first, request.disk_size)
+    wanted = ConfigureRequest(vm_id=vm.id, change=request)
+    context = await perform(SET, wanted, services=services, subject=vm.id, subject_name=vm.name)
+    changes = msgspec.convert(context.notes["changes"], list[Change])
+    if request.disk_size is not None:
+        changes.append(await disk.resize_disk(services.vm(vm.id), first, request.disk_size, services=services))
+    return changes
+
+
+def _changed_labels(labels: dict[str, str], request: SetRequest) -> dict[str, str]:
+    changed = {key: value for key, value in {**labels, **request.labels}.items() if value is not None}
+    return resolve.check_labels(changed)
+
+
+def _changed(spec: VmSpec, request: SetRequest) -> VmSpec:
+    cpu = replace(
+        spec.cpu,
+        count=request.cpus if request.cpus is not None else spec.cpu.count,
+        maximum=max(request.max_cpus or spec.cpu.maximum, request.cpus or 1)
+        if request.max_cpus is None
+        else request.max_cpus,
+        model=request.cpu_model or spec.cpu.model,
+    )
+    resolve.check_cpu(cpu)
+    boot = spec.boot
+    if request.cmdline is not None:
+        if boot.firmware != "kernel":
+            raise InvalidInput("--cmdline needs a kernel that is booted directly", f"this VM boots by {boot.firmware}")
+        boot = replace(boot, cmdline=resolve.check_cmdline(request.cmdline))
+    changed = replace(
+        spec,
+        cpu=cpu,
+        boot=boot,
+        memory=spec.memory if request.memory is None else resolve.check_memory(request.memory),
+        display=request.display or spec.display,
+        accelerator=request.accelerator or spec.accelerator,
+        guest=spec.guest if request.agent is None else replace(spec.guest, agent=request.agent),
+    )
+    return replace(changed, addresses=devices.assign_addresses(changed))
+
+
+def _told(before: VmSpec, after: VmSpec, live: dict[str, str]) -> list[Change]:
+    """A `Change` for each setting that differs. `live` has what was tried live: nothing if done, else why not."""
+    values = {
+        "cpus": (before.cpu.count, after.cpu.count, str(after.cpu.count)),
+        "max-cpus": (before.cpu.maximum, after.cpu.maximum, str(after.cpu.maximum)),
+        "cpu-model": (before.cpu.model, after.cpu.model, after.cpu.model),
+        "memory": (before.memory, after.memory, format_size(after.memory)),
+        "display": (before.display, after.display, after.display),
+        "accelerator": (before.accelerator, after.accelerator, after.accelerator),
+        "agent": (before.guest.agent, after.guest.agent, str(after.guest.agent).lower()),
+        "cmdline": (before.boot.cmdline, after.boot.cmdline, after.boot.cmdline),
+    }
+    changes = []
+    for name, (old, new, value) in values.items():
+        if old != new:
+            why = "" if name == "agent" else live.get(name, live.get("*", "it can't change while the guest runs"))
+            changes.append(Change(name=name, value=value, when="next-start" if why else "now", why=why))
+    return changes
+
+
+def _told_labels(before: dict[str, str], after: dict[str, str]) -> list[Change]:
+    keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+    return [Change(name=f"label {key}", value=after.get(key, ""), when="now") for key in keys]
+
+
+async def _apply(context: Context[ConfigureRequest]) -> None:
+    vm = context.vm
+    spec = _changed(vm.pending or vm.spec, context.request.change)
+    phase = observe.phase_of(context.services, vm)
+    if phase not in (Phase.RUNNING, Phase.PAUSED):
+        context.notes["live"] = {"*": ""}
+        return
+    live: dict[str, str] = {}
+    async with control(context.services, vm) as monitor:
+        if spec.cpu.count != vm.spec.cpu.count:
+            live["cpus"] = await _add_cpus(monitor, vm.spec, spec.cpu.count)
+        if spec.memory != vm.spec.memory or vm.pending is not None:
+            live["memory"] = await _move_balloon(monitor, vm.spec.memory, spec.memory)
+    context.notes["live"] = live
+
+
+async def _add_cpus(monitor: Any, running: VmSpec, count: int) -> str:
+    """Plug CPUs in until `count` are there. Returns why it couldn't, or nothing."""
+    if running.machine != "q35":
+        return f"the machine '{running.machine}' takes no CPUs while it runs"
+    if count > running.cpu.maximum:
+        return f"it was started for at most {running.cpu.maximum}"
+    slots: list[dict[str, Any]] = await monitor.execute("query-hotpluggable-cpus")
+    present = [slot for slot in slots if "qom-path" in slot]
+    if count < len(present):
+        return "a running guest keeps its CPUs"
+    free = sorted((slot for slot in slots if "qom-path" not in slot), key=lambda slot: sorted(slot["props"].items()))
+    for slot in free[: count - len(present)]:
+        where = "-".join(str(value) for _, value in sorted(slot["props"].items()))
+        await monitor.execute("device_add", {"driver": slot["type"], "id": f"cpu-{where}"} | slot["props"])
+    return ""
+
+
+async def _move_balloon(monitor: Any, most: int, size: int) -> str:
+    if size > most:
+        return f"it was started with {format_size(most)}"
+    try:
+        await monitor.execute("balloon", {"value": size})
+    except AtollError as error:
+        return f"the guest has no balloon: {error.why}"
+    return ""
+
+
+async def _unapply(context: Context[ConfigureRequest]) -> None:
+    vm = context.services.records.vm(context.subject)
+    if vm is None or observe.phase_of(context.services, vm) is not Phase.RUNNING:
+        return
+    async with control(context.services, vm) as monitor:
+        with contextlib.suppress(AtollError):
+            await monitor.execute("balloon", {"value": (vm.pending or vm.spec).memory})
+
+
+async def _record(context: Context[ConfigureRequest]) -> None:
+    vm, change, live = context.vm, context.request.change, context.notes["live"]
+    wanted, labels = _changed(vm.pending or vm.spec, change), _changed_labels(vm.labels, change)
+    told = [*_told(vm.pending or vm.spec, wanted, live), *_told_labels(vm.labels, labels)]
+    context.notes["changes"] = msgspec.to_builtins(told)
+    running = observe.phase_of(context.services, vm) is not Phase.STOPPED
+    if not running:
+        changed = replace(vm, spec=wanted, pending=None, labels=labels)
+    else:
+        spec = vm.spec
+        if live.get("cpus") == "":
+            spec = replace(spec, cpu=replace(spec.cpu, count=wanted.cpu.count))
+        spec = replace(spec, guest=wanted.guest)
+        changed = replace(vm, spec=spec, pending=None if wanted == spec else wanted, labels=labels)
+    context.services.records.put_vm(changed)
+    context.services.records.add_event("vm.changed", vm_id=vm.id, name=vm.name)
+
+
+SET = Verb(
+    name="set",
+    request=ConfigureRequest,
+    steps=(
+        Step("apply", _apply, _unapply),
+        Step("record", _record, final=True),
+    ),
+)

@@ -1,0 +1,177 @@
+"""create
+
+    step      do                                         undo
+    record    add the VM's record (reserves the name)    take it away
+    files     its folder: heads, UEFI variables, seed    remove the folder
+    tell      the event
+
+The request is the whole record of the VM to be, resolved beforehand, so each step can be done again.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from atoll.errors import InvalidInput, StorageFailed, from_os_error
+from atoll.host import disks, files
+from atoll.model import names
+from atoll.model.image import Image
+from atoll.model.launch import Firmware
+from atoll.model.requests import CreateRequest
+from atoll.model.spec import SeedSpec, VmSpec
+from atoll.model.vm import Vm
+from atoll.operations import resolve
+from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.services import Report, Services
+
+IMAGES_LOCK = "images"
+"""Held while layers and what needs them are recorded, and while unneeded ones are removed."""
+
+
+async def create(request: CreateRequest, *, services: Services, report: Report | None = None) -> Vm:
+    """A stopped VM. Raises `InvalidInput`, `NotFound` (image), `AlreadyExists` (name or port), `StorageFailed`."""
+    vm = await _resolved(request, services)
+    await perform(CREATE, vm, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    return services.vm(vm.id)
+
+
+async def _resolved(request: CreateRequest, services: Services) -> Vm:
+    if request.name is not None:
+        names.check_vm_name(request.name)
+    everything = services.records.images() if request.image or request.cdrom or request.disks else []
+    image = find_image(request.image, everything) if request.image is not None else None
+    cdroms = [find_image(reference, everything) for reference in request.cdrom]
+    if image is None and not (request.disks or request.cdrom or request.disk_size or request.firmware):
+        raise InvalidInput(
+            "a VM needs something to start from", next_step="Name an image, or use --disk-size and --cdrom."
+        )
+    caps = await services.capabilities(resolve.guest_arch(request, image))
+    seed = await _seed(request, image)
+    spec = resolve.resolve(request, image=image, cdroms=cdroms, caps=caps, host_cpus=os.cpu_count() or 1, seed=seed)
+    spec = resolve.with_disk_images(
+        spec, request, {d.image: find_image(d.image, everything) for d in request.disks if d.image}
+    )
+    return Vm(
+        id=names.new_id(),
+        name=request.name or resolve.made_up_name({vm.name for vm in services.records.vms()}),
+        image=image.name if image else "",
+        created_at=time.time(),
+        spec=spec,
+        labels=resolve.check_labels(request.labels),
+        remove_when_stopped=request.remove_when_stopped,
+    )
+
+
+def find_image(reference: str, images: Sequence[Image]) -> Image:
+    """By any of its names (`:latest` may be left away), its id, or a unique prefix. Raises `NotFound`."""
+    for image in images:
+        if {reference, f"{reference}:latest"} & {image.name, *image.tags}:
+            return image
+    return names.find(reference, images, "image")
+
+
+async def _seed(request: CreateRequest, image: Image | None) -> SeedSpec:
+    from atoll.images.seed import hash_password
+
+    wanted = SeedSpec(
+        user=request.user,
+        password_hash=await hash_password(request.password) if request.password is not None else None,
+        ssh_keys=request.ssh_keys,
+        user_data=request.user_data,
+    )
+    kind = image.guest.seed if image else "none"
+    if not wanted.empty and kind == "none":
+        raise InvalidInput(
+            f"the image {image.name if image else ''} takes no user, key or user data".replace("  ", " "),
+            "it has no first-boot service that reads them",
+            "Use an image with cloud-init, or log in through `atoll shell`.",
+        )
+    if not wanted.empty and kind == "cmdline":
+        raise InvalidInput(
+            f"the image {image.name if image else ''} takes no user, key or user data", next_step="Use `atoll shell`."
+        )
+    return wanted
+
+
+async def firmware_for(spec: VmSpec) -> Firmware | None:
+    """The UEFI firmware of this host for the VM; None when it boots otherwise. Raises `Unsupported`."""
+    if spec.boot.firmware != "uefi":
+        return None
+    from atoll.qemu import firmware
+
+    descriptors = firmware.read_descriptors(firmware.folders())
+    return firmware.choose(descriptors, arch=spec.arch, machine_type=spec.machine_type)
+
+
+# Steps
+
+
+async def _record(context: Context[Vm]) -> None:
+    with_layers = [disk.layer for disk in context.request.spec.disks if disk.layer]
+    async with context.services.lease(IMAGES_LOCK, what="the images"):
+        for layer in with_layers:
+            if context.services.records.layer(layer) is None:
+                raise StorageFailed(
+                    "the image is gone", "another command removed it", "`atoll image ls` lists what there is."
+                )
+        if context.services.records.vm(context.subject) is None:
+            context.services.records.add_vm(context.request)
+
+
+async def _unrecord(context: Context[Vm]) -> None:
+    context.services.records.remove_vm(context.subject)
+
+
+async def _files(context: Context[Vm]) -> None:
+    layout, spec = context.services.layout, context.request.spec
+    paths = layout.vm(context.subject)
+    files.make_folder(paths.logs)
+    for disk in spec.disks:
+        if disk.blob is None:
+            layer = layout.layer(disk.layer) if disk.layer else None
+            await disks.create_head(paths.disk(disk.name), size=disk.size, layer=layer)
+    firmware = await firmware_for(spec)
+    if firmware is not None:
+        copy_variables(firmware, paths.nvram)
+    if spec.wants_seed:
+        await _write_seed(context.request, paths.seed)
+    files.sync_folder(paths.home)
+
+
+def copy_variables(firmware: Firmware, nvram: Path) -> None:
+    """A VM's own copy of the firmware's empty variables."""
+    try:
+        files.write_atomically(nvram, Path(firmware.variables).read_bytes())
+    except OSError as error:
+        raise from_os_error(error, f"read {firmware.variables}") from error
+
+
+async def _write_seed(vm: Vm, path: Path) -> None:
+    from atoll.images.seed import write_seed
+
+    agent_missing = not vm.spec.guest.agent
+    write_seed(path, seed=vm.spec.seed, hostname=vm.name, instance_id=vm.id, install_agent=agent_missing)
+
+
+async def _remove_files(context: Context[Vm]) -> None:
+    paths = context.services.layout.vm(context.subject)
+    for folder in (paths.home, paths.run):
+        shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
+
+
+async def _tell(context: Context[Vm]) -> None:
+    vm = context.request
+    context.services.records.add_event("vm.created", vm_id=vm.id, name=vm.name, data={"image": vm.image})
+
+
+CREATE = Verb(
+    name="create",
+    request=Vm,
+    steps=(
+        Step("record", _record, _unrecord),
+        Step("files", _files, _remove_files),
+        Step("tell", _tell),
+    ),
+)

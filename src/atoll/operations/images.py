@@ -1,0 +1,278 @@
+"""image build, image pull, image import: one verb with three makers; image tag, rm and prune.
+
+    step     do                                                              undo
+    make     the maker works in a folder of its own                          remove the folder
+    adopt    freeze its files under their last names, record the image       (point of no return)
+    clear    remove the folder
+
+Layers and files that nothing needs are removed by `prune` under the lock that `adopt` and `create` hold.
+"""
+
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from atoll.errors import NotFound, WrongState, from_os_error
+from atoll.host import files
+from atoll.images.made import Made
+from atoll.model.image import Image, Layer
+from atoll.model.names import SHORT_ID, check_image_name
+from atoll.model.requests import BuildRequest, ImportRequest, PullRequest
+from atoll.model.spec import Arch
+from atoll.operations.create import IMAGES_LOCK, find_image
+from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.services import Report, Services
+
+
+class MakeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An image to be made; `folder` is the name of the maker's own folder under `tmp`."""
+
+    kind: Literal["build", "pull", "import"]
+    folder: str
+    build: BuildRequest | None = None
+    pull: PullRequest | None = None
+    file: ImportRequest | None = None
+
+
+async def make_image(
+    request: BuildRequest | PullRequest | ImportRequest, *, services: Services, report: Report | None = None
+) -> Image:
+    """Make an image and record it. Raises what the maker raises: `BuildFailed`, `DownloadFailed`, `ImageRefused` …"""
+    from atoll.model.names import new_id
+
+    if request.name is not None:
+        check_image_name(request.name)
+    folder = f"image-{new_id()}"
+    match request:
+        case BuildRequest():
+            wanted, what = MakeRequest(kind="build", folder=folder, build=request), request.name or request.recipe
+        case PullRequest():
+            wanted, what = MakeRequest(kind="pull", folder=folder, pull=request), request.name or request.source
+        case ImportRequest():
+            wanted, what = (
+                MakeRequest(kind="import", folder=folder, file=request),
+                request.name or Path(request.path).stem,
+            )
+    context = await perform(MAKE, wanted, services=services, subject=folder, subject_name=what, report=report)
+    image = services.records.image(str(context.notes["image"]))
+    if image is None:
+        raise NotFound(f"the image '{what}' is gone", "another command removed it")
+    return image
+
+
+async def ensure(reference: str, *, arch: Arch | None, services: Services, report: Report | None = None) -> Image:
+    """The image; one that isn't here yet is built or pulled by its name. Raises `NotFound` for unknown names."""
+    try:
+        return find_image(reference, services.records.images())
+    except NotFound as unknown:
+        from atoll.images import catalogue
+        from atoll.images.recipes import RECIPES
+
+        request: BuildRequest | PullRequest
+        if reference in RECIPES:
+            request = BuildRequest(recipe=reference, arch=arch)
+        elif reference in {entry.name for entry in catalogue.entries(services.layout.catalogue)}:
+            request = PullRequest(source=reference, arch=arch)
+        else:
+            raise NotFound(
+                unknown.what, unknown.why, f"{unknown.next_step} `atoll image catalogue` lists more."
+            ) from None
+    return await make_image(request, services=services, report=report)
+
+
+def _folder(context: Context[MakeRequest]) -> Path:
+    return context.services.layout.temporary / context.request.folder
+
+
+async def _make(context: Context[MakeRequest]) -> None:
+    folder = _folder(context)
+    if folder.exists():
+        shutil.rmtree(folder)
+    files.make_folder(folder)
+    try:
+        made = await _maker(context, folder)
+    except OSError as error:
+        raise from_os_error(error, f"make the image {context.request.kind}") from error
+    context.notes["made"] = _noted(made, folder)
+
+
+async def _maker(context: Context[MakeRequest], folder: Path) -> Made:
+    request, layout, report = context.request, context.services.layout, context.report
+    if request.build is not None:
+        from atoll.images.recipes import build
+
+        return await build(request.build, layout=layout, folder=folder, report=report)
+    if request.pull is not None:
+        from atoll.images.pull import pull
+
+        return await pull(request.pull, layout=layout, folder=folder, report=report)
+    from atoll.images.importer import import_file
+
+    assert request.file is not None
+    return await import_file(request.file, folder=folder, report=report)
+
+
+def _noted(made: Made, folder: Path) -> dict[str, Any]:
+    """What the next step needs, also when it is another process that takes it."""
+    return {
+        "image": msgspec.to_builtins(made.image),
+        "layers": [[str(path.relative_to(folder)), msgspec.to_builtins(layer)] for path, layer in made.layers],
+        "blobs": [[str(path.relative_to(folder)), sha256] for path, sha256 in made.blobs],
+    }
+
+
+async def _remove_folder(context: Context[MakeRequest]) -> None:
+    folder = _folder(context)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+async def _adopt(context: Context[MakeRequest]) -> None:
+    layout, records, folder = context.services.layout, context.services.records, _folder(context)
+    noted = context.notes["made"]
+    image = msgspec.convert(noted["image"], Image)
+    image = replace(image, name=check_image_name(image.name), tags=tuple(check_image_name(tag) for tag in image.tags))
+    layers = [(folder / name, msgspec.convert(layer, Layer)) for name, layer in noted["layers"]]
+    for parent in (layout.layers, layout.blobs):
+        files.make_folder(parent)
+    async with context.services.lease(IMAGES_LOCK, what="the images"):
+        for path, layer in layers:
+            _freeze(path, layout.layer(layer.id))
+        for name, sha256 in noted["blobs"]:
+            _freeze(folder / name, layout.blob(sha256))
+        records.add_image(image, [layer for _, layer in layers])
+    context.notes["image"] = image.id
+    records.add_event("image.added", name=image.name, data={"image": image.id, "source": image.source})
+
+
+def _freeze(temporary: Path, final: Path) -> None:
+    """Move a file to its last name; it is there already after a crash, or when another image has the same content."""
+    if final.exists():
+        temporary.unlink(missing_ok=True)
+    else:
+        files.freeze(temporary, final)
+
+
+MAKE = Verb(
+    name="image",
+    request=MakeRequest,
+    steps=(
+        Step("make", _make, _remove_folder),
+        Step("adopt", _adopt, final=True),
+        Step("clear", _remove_folder),
+    ),
+)
+
+
+# Names and removal: each one transaction, so there is nothing to undo
+
+
+async def tag(reference: str, name: str, *, services: Services) -> Image:
+    """Give an image one more name; it leaves the image that had it."""
+    image = find_image(reference, services.records.images())
+    names = dict.fromkeys([image.name, *image.tags, check_image_name(name)])
+    return services.records.put_image_names(image.id, names)
+
+
+async def remove(reference: str, *, services: Services, force: bool = False) -> None:
+    """Take a name away; with the last one the image goes, unless VMs came from it (then only with `force`).
+
+    VMs keep the layers that they need in any case.
+    """
+    async with services.lease(IMAGES_LOCK, what="the images"):
+        image = find_image(reference, services.records.images())
+        named = [name for name in (image.name, *image.tags) if name not in (reference, f"{reference}:latest")]
+        by_id = len(named) == 1 + len(image.tags)
+        if named and not by_id:
+            services.records.put_image_names(image.id, named)
+            return
+        users = [vm.name for vm in services.records.vms() if _needs(vm.spec, image)]
+        if users and not force:
+            raise WrongState(
+                f"the image {image.name} is in use",
+                f"by {', '.join(users[:5])}",
+                "Remove those first, or use --force: they keep their disks.",
+            )
+        services.records.remove_image(image.id)
+        services.records.add_event("image.removed", name=image.name, data={"image": image.id})
+        _collect(services, dry_run=False)
+
+
+def _needs(spec: Any, image: Image) -> bool:
+    layers, blobs = _needed_by([spec])
+    return bool(layers & set(image.layer_ids) or blobs & set(image.blob_ids))
+
+
+def _needed_by(specs: Iterable[Any]) -> tuple[set[str], set[str]]:
+    layers: set[str] = set()
+    blobs: set[str] = set()
+    for spec in specs:
+        layers |= {disk.layer for disk in spec.disks if disk.layer}
+        blobs |= {disk.blob for disk in spec.disks if disk.blob}
+        blobs |= {blob for blob in (spec.boot.kernel, spec.boot.initrd, spec.boot.rom) if blob}
+    return layers, blobs
+
+
+async def prune(*, services: Services, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
+    """Remove what nothing needs; with `every` also images that no VM came from. Returns names and bytes freed."""
+    async with services.lease(IMAGES_LOCK, what="the images"):
+        removed: list[tuple[str, int]] = []
+        unused: list[Image] = []
+        if every:
+            specs = [spec for vm in services.records.vms() for spec in (vm.spec, vm.pending) if spec]
+            unused = [image for image in services.records.images() if not any(_needs(spec, image) for spec in specs)]
+            removed += [(f"image {image.name}", 0) for image in unused]
+            for image in unused if not dry_run else []:
+                services.records.remove_image(image.id)
+        return removed + _collect(services, dry_run=dry_run, without={image.id for image in unused})
+
+
+def _collect(services: Services, *, dry_run: bool, without: Collection[str] = ()) -> list[tuple[str, int]]:
+    """Remove layers, blobs and temporary folders that nothing needs. The caller holds the images' lock."""
+    records, layout = services.records, services.layout
+    layers, blobs = _needed_by(spec for vm in records.vms() for spec in (vm.spec, vm.pending) if spec)
+    for image in records.images():
+        if image.id not in without:
+            layers |= set(image.layer_ids)
+            blobs |= set(image.blob_ids)
+    known = {layer.id: layer for layer in records.layers()}
+    for layer_id in list(layers):
+        while (parent := known[layer_id].parent if layer_id in known else None) is not None:
+            layers.add(parent)
+            layer_id = parent
+    unneeded = [path for path in _files_in(layout.layers) if path.stem not in layers]
+    unneeded += [path for path in _files_in(layout.blobs) if path.name not in blobs]
+    found = [(f"{path.parent.name.removesuffix('s')} {path.stem[:SHORT_ID]}", path.stat().st_size) for path in unneeded]
+    found += _collect_folders(services, dry_run=dry_run)
+    if not dry_run:
+        # Records first: a record without its file would be worse than a file without a record.
+        records.remove_layers(set(known) - layers)
+        for path in unneeded:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def _collect_folders(services: Services, *, dry_run: bool) -> list[tuple[str, int]]:
+    """Temporary folders that no unfinished operation will come back to."""
+    temporary = services.layout.temporary
+    if not temporary.is_dir():
+        return []
+    wanted = {operation.subject for operation in services.records.operations(unfinished=True)}
+    found = []
+    for folder in sorted(temporary.iterdir()):
+        if folder.name in wanted or folder.name.removeprefix("rm-") in wanted:
+            continue
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        found.append((f"unfinished {folder.name}", size))
+        if not dry_run:
+            shutil.rmtree(folder, ignore_errors=True)
+    return found

@@ -1,0 +1,122 @@
+"""What a person at the machine would do: look at the screen, press keys, read the meters. Changes no record.
+
+These use the `observe` monitor for a few milliseconds at a time, so they work while an operation holds the VM's lock.
+"""
+
+import asyncio
+import os
+import time
+from typing import Any
+
+from atoll.errors import AtollError, EngineFailed, Unsupported
+from atoll.host import facts
+from atoll.host.sockets import connect
+from atoll.model.state import require
+from atoll.model.vm import Stats, Vm
+from atoll.operations import observe
+from atoll.operations.services import Services
+from atoll.qemu.keys import chord, keys_of_text
+from atoll.qemu.monitor import Monitor
+
+KEY_TIME = 0.02
+"""Seconds that a key is held, and paused after: emulated keyboards buffer 16 bytes and don't tell when one is lost."""
+
+
+def _monitor(services: Services, vm: Vm) -> Monitor:
+    require(vm.name, observe.phase_of(services, vm), "console")
+    return Monitor(connect(services.layout.vm(vm.id).socket("observe")))
+
+
+def _require_display(vm: Vm) -> None:
+    if vm.spec.display == "none":
+        raise Unsupported(
+            f"{vm.name}: it has no display",
+            next_step=f"Read `atoll logs {vm.name}`; or `atoll set {vm.name} --display vga` and restart it.",
+        )
+
+
+async def screenshot(vm: Vm, *, services: Services) -> bytes:
+    """A PNG of the screen. Raises `Unsupported` without a display, `WrongState` when it is stopped."""
+    _require_display(vm)
+    memory = os.memfd_create("screenshot", os.MFD_CLOEXEC)
+    try:
+        # QEMU wants a descriptor of the very mode it would open with: write-only.
+        writing = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            async with _monitor(services, vm) as monitor:
+                added = await monitor.send_descriptor("add-fd", {"opaque": "screenshot"}, writing)
+                try:
+                    where = {"filename": f"/dev/fdset/{added['fdset-id']}", "format": "png"}
+                    await monitor.execute("screendump", where)
+                finally:
+                    await monitor.execute("remove-fd", {"fdset-id": added["fdset-id"]})
+        finally:
+            os.close(writing)
+        picture = os.pread(memory, os.fstat(memory).st_size, 0)
+    finally:
+        os.close(memory)
+    if not picture.startswith(b"\x89PNG"):
+        raise EngineFailed(
+            f"{vm.name}: there is no picture", "the display hasn't been set up by the guest yet", "Try again."
+        )
+    return picture
+
+
+async def type_text(vm: Vm, text: str, *, services: Services) -> None:
+    """Type text on a US keyboard. Raises `InvalidInput`, before typing anything, for what that keyboard lacks."""
+    await _press(vm, keys_of_text(text), services)
+
+
+async def press(vm: Vm, keys: tuple[str, ...], *, services: Services) -> None:
+    """Press chords like `ctrl-alt-delete` or `f2`, one after another. Raises `InvalidInput` for unknown keys."""
+    await _press(vm, [chord(key) for key in keys], services)
+
+
+async def _press(vm: Vm, chords: list[list[str]], services: Services) -> None:
+    if vm.spec.display == "none" and vm.spec.machine != "q35":
+        raise Unsupported(f"{vm.name}: it has no keyboard", next_step=f"Use `atoll console {vm.name}`.")
+    for start in range(0, len(chords), 25):
+        # A new connection now and then lets others ask in between.
+        async with _monitor(services, vm) as monitor:
+            for codes in chords[start : start + 25]:
+                for down in (True, False):
+                    order = codes if down else codes[::-1]
+                    await monitor.execute("input-send-event", {"events": [_key_event(code, down) for code in order]})
+                    await asyncio.sleep(KEY_TIME)
+
+
+def _key_event(code: str, down: bool) -> dict[str, Any]:
+    return {"type": "key", "data": {"down": down, "key": {"type": "qcode", "data": code}}}
+
+
+async def stats(vm: Vm, *, services: Services) -> Stats:
+    """One reading of what a running VM uses. Raises `WrongState` when it is stopped."""
+    async with _monitor(services, vm) as monitor:
+        blocks: list[dict[str, Any]] = await monitor.execute("query-blockstats")
+    assert vm.run is not None
+    received, sent = await _network(vm, services)
+    return Stats(
+        at=time.time(),
+        cpu_seconds=facts.cpu_seconds(vm.run.pid),
+        memory_resident=facts.memory_resident(vm.run.pid),
+        memory_given=vm.spec.memory,
+        disk_read=sum(block["stats"]["rd_bytes"] for block in blocks),
+        disk_written=sum(block["stats"]["wr_bytes"] for block in blocks),
+        net_received=received,
+        net_sent=sent,
+    )
+
+
+async def _network(vm: Vm, services: Services) -> tuple[int | None, int | None]:
+    """Bytes as the guest counts them: user-mode networking has no counters of its own."""
+    from atoll.operations import guest_setup
+
+    if not vm.spec.guest.agent or not vm.spec.nics:
+        return None, None
+    try:
+        interfaces = await guest_setup.interfaces(services.layout.vm(vm.id), timeout=2)
+    except AtollError:
+        return None, None
+    macs = {nic.mac for nic in vm.spec.nics}
+    counters = [i.get("statistics", {}) for i in interfaces if i.get("hardware-address") in macs]
+    return sum(c.get("rx-bytes", 0) for c in counters), sum(c.get("tx-bytes", 0) for c in counters)

@@ -1,0 +1,196 @@
+"""A VM's phase, observed: from its process and from QMP, never from a lock or a flag. Synchronous, and quick for many.
+
+The end of a run is read from the log of events that QEMU itself wrote (see `qemu/plan.py`), since nobody of ours is
+there to see it.
+"""
+
+import contextlib
+import json
+import re
+import select
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from atoll.host import facts
+from atoll.host.sockets import connect
+from atoll.layout import Layout, VmPaths
+from atoll.model.state import Phase, phase_of_run_state
+from atoll.model.vm import Exit, Vm, VmInfo
+from atoll.operations.services import Services
+
+ANSWER_TIME = 1.0
+"""Seconds that all VMs together have to answer; one that doesn't is `unknown`."""
+_QUESTION = b'{"execute":"qmp_capabilities"}\n{"execute":"query-status","id":"status"}\n'
+_LOG_TAIL = 64 * 1024
+LAST_LINES = 5
+"""Lines of the guest's that are kept with its end."""
+ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+"""Escape sequences, with which firmware and boot loaders paint between the letters of a word."""
+
+
+def list_vms(services: Services) -> list[VmInfo]:
+    """All VMs with their phases, oldest first; ends that are noticed are recorded."""
+    working = {operation.subject: operation.verb for operation in services.records.operations(unfinished=True)}
+    return observe(services, services.records.vms(), working)
+
+
+def observe_one(services: Services, vm: Vm) -> VmInfo:
+    """One VM with its phase."""
+    return observe(services, [vm], {})[0]
+
+
+def phase_of(services: Services, vm: Vm) -> Phase:
+    return observe_one(services, vm).phase
+
+
+def observe(services: Services, vms: Iterable[Vm], working: dict[str, str]) -> list[VmInfo]:
+    """Ask all running ones at once, then put the answers together."""
+    everyone = list(vms)
+    alive = [vm for vm in everyone if vm.run is not None and facts.is_alive(vm.run)]
+    phases = _ask(alive, services.layout)
+    found = []
+    for vm in everyone:
+        if vm.run is None:
+            phase = Phase.STOPPED
+        elif vm.id in phases:
+            phase = phases[vm.id]
+        else:
+            phase, vm = Phase.STOPPED, record_end(services, vm)
+        found.append(
+            VmInfo(
+                vm=vm, phase=phase, operation=working.get(vm.id), exit=vm.last_exit if phase is Phase.STOPPED else None
+            )
+        )
+    return found
+
+
+def _ask(vms: list[Vm], layout: Layout) -> dict[str, Phase]:
+    phases = {vm.id: Phase.UNKNOWN for vm in vms}
+    poll = select.poll()
+    asked: dict[int, tuple[socket.socket, str, bytearray]] = {}
+    try:
+        for vm in vms:
+            with contextlib.suppress(OSError):
+                client = connect(layout.vm(vm.id).socket("observe"))
+                asked[client.fileno()] = (client, vm.id, bytearray())
+                client.send(_QUESTION)
+                poll.register(client, select.POLLIN)
+        deadline = time.monotonic() + ANSWER_TIME
+        waiting = set(asked)
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for descriptor, _ in poll.poll(left * 1000):
+                client, vm_id, received = asked[descriptor]
+                more = b""
+                with contextlib.suppress(OSError):
+                    more = client.recv(65536)
+                received += more
+                phase = _answered(bytes(received))
+                if phase is not None or not more:
+                    phases[vm_id] = phase or Phase.UNKNOWN
+                    waiting.discard(descriptor)
+                    poll.unregister(descriptor)
+    finally:
+        for client, _, _ in asked.values():
+            client.close()
+    return phases
+
+
+def _answered(received: bytes) -> Phase | None:
+    for line in received.splitlines(keepends=True):
+        if line.endswith(b"\n") and b'"status"' in line:
+            message = json.loads(line)
+            if message.get("id") == "status":
+                return phase_of_run_state(message["return"]["status"])
+    return None
+
+
+def record_end(services: Services, vm: Vm) -> Vm:
+    """Write down that the process is gone and why, unless an operation holds the VM and will do it itself."""
+    from atoll.host.files import locked
+
+    end = evidence(vm, services.layout.vm(vm.id))
+    ended = replace(vm, run=None, last_exit=end)
+    with locked(services.layout.vm_lock(vm.id), wait=False) as ours:
+        current = services.records.vm(vm.id) if ours else None
+        if current is not None and current.run == vm.run:
+            ended = replace(current, run=None, last_exit=end)
+            services.records.put_vm(ended)
+            data = {"reason": end.reason, "detail": end.detail}
+            services.records.add_event("vm.ended", vm_id=vm.id, name=vm.name, data=data)
+    return ended
+
+
+def evidence(vm: Vm, paths: VmPaths) -> Exit:
+    """How the last run ended, from the log of events, QEMU's own words, and the host's boot; and the guest's words."""
+    lines = ANSI.sub("", _tail(paths.serial_log)).replace("\0", "").splitlines()
+    said = "\n".join([line.rstrip() for line in lines if line.strip()][-LAST_LINES:])
+    return replace(_end_of_run(vm, paths), last_lines=said)
+
+
+def _end_of_run(vm: Vm, paths: VmPaths) -> Exit:
+    assert vm.run is not None
+    shutdown: dict[str, Any] | None = None
+    panicked = False
+    for event in events_of_last_run(paths):
+        if event.get("event") == "SHUTDOWN":
+            shutdown = event
+        panicked = panicked or event.get("event") == "GUEST_PANICKED"
+    if shutdown is not None:
+        at = shutdown["timestamp"]["seconds"] + shutdown["timestamp"]["microseconds"] / 1e6
+        reason = shutdown.get("data", {}).get("reason", "")
+        if reason == "guest-panic" or panicked:
+            return Exit(at=at, reason="guest-panic", detail="the guest's kernel panicked")
+        if shutdown.get("data", {}).get("guest"):
+            return Exit(at=at, reason="guest-shutdown", detail="the guest powered itself off")
+        if reason == "host-signal":
+            return Exit(at=at, reason="killed", detail=last_words(paths) or "a signal ended QEMU")
+        return Exit(at=at, reason="stopped", detail=reason)
+    if vm.run.boot_id != facts.boot_id():
+        return Exit(at=vm.run.started_at, reason="host-rebooted", detail="the host was restarted while it ran")
+    words = last_words(paths)
+    if words:
+        return Exit(at=time.time(), reason="crashed", detail=words)
+    return Exit(at=time.time(), reason="killed", detail="QEMU vanished without a word: SIGKILL, or out of memory")
+
+
+def events_of_last_run(paths: VmPaths) -> list[dict[str, Any]]:
+    """What QEMU wrote since its last greeting, oldest first (only the end of a long log)."""
+    try:
+        with paths.event_log.open("rb") as file:
+            file.seek(max(0, paths.event_log.stat().st_size - _LOG_TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            message = json.loads(line)
+            if "QMP" in message:
+                found = []
+            elif "event" in message:
+                found.append(message)
+    return found
+
+
+def last_words(paths: VmPaths, lines: int = 3) -> str:
+    """The end of what QEMU wrote to standard error."""
+    return tail_text(paths.qemu_log, lines)
+
+
+def tail_text(path: Path, lines: int) -> str:
+    """The last lines of a log, joined by `; `; empty when there is none."""
+    return "; ".join(line.strip() for line in _tail(path).splitlines()[-lines:] if line.strip())
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,147 @@
+"""publish, unpublish
+
+publish     check ─ record (reserve the port; undo: the old record) ─ forward (undo: no forward)
+unpublish   no forward (undo: forward) ─ record             (point of no return)
+"""
+
+import contextlib
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from atoll.errors import AlreadyExists, AtollError, InvalidInput, NotFound, Unsupported
+from atoll.model.spec import PortSpec, Protocol, VmSpec
+from atoll.model.state import Phase
+from atoll.model.vm import Vm
+from atoll.operations import observe
+from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.power import control
+from atoll.operations.services import Services
+from atoll.operations.start import check_port_free
+from atoll.qemu.devices import port_forward
+
+
+class PortRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    vm_id: str
+    nic: str
+    port: PortSpec
+
+
+async def publish(vm: Vm, port: PortSpec, *, services: Services) -> PortSpec:
+    """Publish a guest's port now. Raises `AlreadyExists` (with who has it), `Unsupported` without a network."""
+    check_port(port)
+    if not vm.spec.nics:
+        raise Unsupported(
+            f"{vm.name}: it has no network", next_step="Ports need one: create it without --network none."
+        )
+    request = PortRequest(vm_id=vm.id, nic=vm.spec.nics[0].name, port=port)
+    await perform(PUBLISH, request, services=services, subject=vm.id, subject_name=vm.name)
+    return port
+
+
+async def unpublish(vm: Vm, host_port: int, *, services: Services, protocol: Protocol = "tcp") -> None:
+    """Take a published port back. Connections that stand go on until they end. Raises `NotFound`."""
+    for nic in vm.spec.nics:
+        for port in nic.ports:
+            if (port.host_port, port.protocol) == (host_port, protocol):
+                request = PortRequest(vm_id=vm.id, nic=nic.name, port=port)
+                await perform(UNPUBLISH, request, services=services, subject=vm.id, subject_name=vm.name)
+                return
+    raise NotFound(
+        f"{vm.name} doesn't publish port {host_port}/{protocol}", next_step=f"`atoll port ls {vm.name}` lists them."
+    )
+
+
+def check_port(port: PortSpec) -> None:
+    """Raises `InvalidInput` for numbers or an address that can't be."""
+    import ipaddress
+
+    for number in (port.host_port, port.guest_port):
+        if not 1 <= number <= 65535:
+            raise InvalidInput(f"{number} isn't a port", "ports go from 1 to 65535")
+    try:
+        ipaddress.IPv4Address(port.host_address)
+    except ValueError as error:
+        raise InvalidInput(
+            f"'{port.host_address}' isn't an IPv4 address", next_step="Write it like 127.0.0.1:8080:80."
+        ) from error
+
+
+def with_port(spec: VmSpec, request: PortRequest) -> VmSpec:
+    return _with_ports(spec, request, lambda ports: (*(p for p in ports if p != request.port), request.port))
+
+
+def without_port(spec: VmSpec, request: PortRequest) -> VmSpec:
+    return _with_ports(spec, request, lambda ports: tuple(p for p in ports if p != request.port))
+
+
+def _with_ports(spec: VmSpec, request: PortRequest, change: Any) -> VmSpec:
+    nics = tuple(replace(nic, ports=change(nic.ports)) if nic.name == request.nic else nic for nic in spec.nics)
+    return replace(spec, nics=nics)
+
+
+def _put(context: Context[PortRequest], change: Any) -> None:
+    vm, request = context.vm, context.request
+    pending = None if vm.pending is None else change(vm.pending, request)
+    context.services.records.put_vm(replace(vm, spec=change(vm.spec, request), pending=pending))
+
+
+async def _check_new(context: Context[PortRequest]) -> None:
+    """A step of its own, without undo: what failed here must not take the port from who has it."""
+    if any(context.request.port in nic.ports for nic in context.vm.spec.nics):
+        raise AlreadyExists(f"{context.vm.name} publishes port {context.request.port.host_port} already")
+
+
+async def _record(context: Context[PortRequest]) -> None:
+    _put(context, with_port)
+
+
+async def _unrecord(context: Context[PortRequest]) -> None:
+    _put(context, without_port)
+
+
+async def _forward(context: Context[PortRequest]) -> None:
+    if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
+        return
+    check_port_free(context.vm.name, context.request.port)
+    said = await _tell_qemu(context, f"hostfwd_add net-{context.request.nic} {port_forward(context.request.port)}")
+    if said:
+        raise AlreadyExists(f"{context.vm.name}: port {context.request.port.host_port} can't be published", said)
+
+
+async def _unforward(context: Context[PortRequest]) -> None:
+    if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
+        return
+    port = context.request.port
+    await _tell_qemu(
+        context, f"hostfwd_remove net-{context.request.nic} {port.protocol}:{port.host_address}:{port.host_port}"
+    )
+
+
+async def _forward_again(context: Context[PortRequest]) -> None:
+    with contextlib.suppress(AtollError):
+        await _forward(context)
+
+
+async def _tell_qemu(context: Context[PortRequest], line: str) -> str:
+    """User-mode forwarding has no QMP command of its own; returns what QEMU said against it."""
+    async with control(context.services, context.vm) as monitor:
+        said = str(await monitor.execute("human-monitor-command", {"command-line": line})).strip()
+    return "" if said.startswith("host forwarding rule for") else said
+
+
+async def _forget(context: Context[PortRequest]) -> None:
+    _put(context, without_port)
+
+
+PUBLISH = Verb(
+    name="port add",
+    request=PortRequest,
+    steps=(Step("check", _check_new), Step("record", _record, _unrecord), Step("forward", _forward, _unforward)),
+)
+UNPUBLISH = Verb(
+    name="port rm",
+    request=PortRequest,
+    steps=(Step("forward", _unforward, _forward_again), Step("record", _forget, final=True)),
+)

@@ -1,0 +1,26 @@
+"""All journalled verbs by name, for recovery and for `operation retry` and `cancel`."""
+
+from typing import Any
+
+from atoll.operations import configure, create, disk, images, ports, power, remove, rename, start, stop
+from atoll.operations.engine import Verb
+
+VERBS: dict[str, Verb[Any]] = {
+    verb.name: verb
+    for verb in (
+        create.CREATE,
+        start.START,
+        stop.STOP,
+        power.PAUSE,
+        power.RESUME,
+        remove.REMOVE,
+        rename.RENAME,
+        configure.SET,
+        ports.PUBLISH,
+        ports.UNPUBLISH,
+        disk.ADD,
+        disk.REMOVE,
+        disk.RESIZE,
+        images.MAKE,
+    )
+}

@@ -1,0 +1,188 @@
+"""The façade: what a host and a VM can do, the same for this process, a socket or another machine.
+
+`platform/local.py` does it in this process. `platform/blocking.py` has the same names without `await`.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from atoll.model.image import Image
+from atoll.model.operation import Operation, Progress
+from atoll.model.requests import BuildRequest, CreateRequest, DiskRequest, ImportRequest, PullRequest, SetRequest
+from atoll.model.spec import DiskSpec, PortSpec
+from atoll.model.vm import Change, Event, ExecRequest, ExecResult, Stats, Vm, VmInfo
+
+Report = Callable[[Progress], None]
+ByteSink = Callable[[bytes], None]
+ByteSource = Callable[[], "AsyncIterator[bytes]"]
+
+
+class Terminal(Protocol):
+    """A two-way byte stream to a terminal in the guest, or to its serial line."""
+
+    async def read(self) -> bytes:
+        """The next bytes, or `b""` when the other side has ended it."""
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def resize(self, *, rows: int, columns: int) -> None:
+        """Tell the other side its size; nothing happens on a serial line."""
+
+    async def close(self) -> None:
+        """Detach. A shell gets a hang-up; a serial line goes on."""
+
+
+class AsyncVm(Protocol):
+    """A handle to one VM. It holds no resource; it follows the VM by id, so it survives a rename."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+
+    async def info(self) -> VmInfo:
+        """The record and the phase, observed now."""
+
+    async def start(self, *, wait: bool = False, timeout: float | None = None) -> None: ...
+
+    async def stop(self, *, force: bool = False, timeout: float = 60.0) -> None:
+        """Ask the agent, then the power button; force it when `timeout` seconds have gone. Fine if it is stopped."""
+
+    async def restart(self, *, force: bool = False, timeout: float = 60.0) -> None: ...
+    async def pause(self) -> None: ...
+    async def resume(self) -> None: ...
+    async def rm(self, *, force: bool = False) -> None: ...
+    async def rename(self, name: str) -> None: ...
+    async def set(self, request: SetRequest) -> list[Change]: ...
+
+    async def wait(
+        self,
+        condition: Literal["ready", "stopped"] | None = None,
+        *,
+        text: str | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """Until it is ready, stopped, or has written `text` (a regular expression) on its serial line.
+
+        Returns what was matched. Raises `TimedOut`, or `WrongState` when it ends first.
+        """
+
+    async def exec(
+        self,
+        command: Sequence[str] | ExecRequest,
+        *,
+        stdin: bytes | AsyncIterator[bytes] | None = None,
+        on_stdout: ByteSink | None = None,
+        on_stderr: ByteSink | None = None,
+    ) -> ExecResult:
+        """Run a command in the guest. With sinks the output goes there as it comes, and isn't in the result.
+
+        Raises `TimedOut` after the request's timeout (the command is killed), `GuestFailed` without an agent.
+        """
+
+    async def shell(self, command: Sequence[str] = (), *, user: str | None = None) -> Terminal:
+        """A terminal with a login shell, or `command`, in it."""
+
+    async def console(self) -> Terminal:
+        """The guest's serial line."""
+
+    async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
+        """A file or folder into the guest, modes kept; as `cp -a`: into a folder that exists, else under that name."""
+
+    async def copy_from(self, source: str, destination: Path, *, report: Report | None = None) -> None: ...
+
+    def logs(
+        self, *, follow: bool = False, tail: int | None = None, source: Literal["serial", "qemu", "events"] = "serial"
+    ) -> AsyncIterator[bytes]:
+        """What it wrote, oldest first; with `follow` until it stops."""
+
+    async def screenshot(self) -> bytes:
+        """A PNG of its display."""
+
+    async def type(self, text: str) -> None:
+        """Type text on its keyboard (US layout)."""
+
+    async def key(self, *keys: str) -> None:
+        """Press keys one after another; `ctrl-alt-delete` is a chord. Names are QEMU's QKeyCode."""
+
+    async def ports(self) -> list[PortSpec]: ...
+    async def publish(self, port: PortSpec) -> PortSpec: ...
+    async def unpublish(self, host_port: int, *, protocol: Literal["tcp", "udp"] = "tcp") -> None: ...
+    async def stats(self) -> Stats: ...
+    async def disks(self) -> list[DiskSpec]: ...
+    async def disk_add(self, request: DiskRequest) -> tuple[DiskSpec, Change]: ...
+    async def disk_rm(self, name: str) -> Change: ...
+    async def disk_resize(self, name: str, size: str | int) -> Change: ...
+
+
+class AsyncImages(Protocol):
+    """The images of a host."""
+
+    async def ls(self) -> list[Image]: ...
+    async def show(self, reference: str) -> Image: ...
+    async def build(self, request: BuildRequest | str, *, report: Report | None = None) -> Image: ...
+    async def pull(self, request: PullRequest | str, *, report: Report | None = None) -> Image: ...
+    async def import_file(self, request: ImportRequest, *, report: Report | None = None) -> Image: ...
+    async def tag(self, reference: str, name: str) -> Image: ...
+
+    async def rm(self, reference: str, *, force: bool = False) -> None:
+        """Take a name away, and the image with its last name. VMs made from it keep their layers."""
+
+    async def prune(self, *, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
+        """Remove layers and files that no image and no VM needs; with `every` also images that no VM came from.
+
+        Returns what was (or would be) removed, with the bytes it frees.
+        """
+
+    async def catalogue(self) -> list[tuple[str, str]]:
+        """Names that `build` and `pull` know, with a line about each."""
+
+
+class AsyncOperations(Protocol):
+    async def ls(self, *, unfinished: bool = False) -> list[Operation]: ...
+    async def show(self, reference: str) -> Operation: ...
+
+    async def cancel(self, reference: str) -> Operation:
+        """Undo what runs or is stuck. Past its point of no return an operation can only be retried."""
+
+    async def retry(self, reference: str) -> Operation: ...
+
+
+class AsyncHost(Protocol):
+    """A computer that runs VMs."""
+
+    @property
+    def images(self) -> AsyncImages: ...
+    @property
+    def operations(self) -> AsyncOperations: ...
+
+    async def __aenter__(self) -> "AsyncHost": ...
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    async def ls(self) -> list[VmInfo]: ...
+
+    async def get(self, reference: str) -> AsyncVm:
+        """The VM with that name, id, or unique prefix of either. Raises `NotFound`."""
+
+    async def create(self, image: str | CreateRequest, *, report: Report | None = None, **options: object) -> AsyncVm:
+        """A stopped VM. `options` are the fields of `CreateRequest`: `host.create("tiny", name="v1", cpus=2)`."""
+
+    async def run(
+        self,
+        image: str | CreateRequest,
+        *,
+        report: Report | None = None,
+        timeout: float | None = None,
+        **options: object,
+    ) -> AsyncVm:
+        """Create, start, and wait until it is ready (it runs, where there is no agent)."""
+
+    def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
+        """What happened, and with `follow` what happens; `after` is the last event that is known already."""
+
+    def notices(self) -> list[str]:
+        """What recovery did to operations that a killed process had left, told once."""
+
+
+__all__ = ["AsyncHost", "AsyncImages", "AsyncOperations", "AsyncVm", "Terminal", "Vm"]

@@ -1,0 +1,149 @@
+"""The façade in this process: no daemon; records, locks and QEMU's sockets are all that processes share."""
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Self
+
+from msgspec.structs import replace
+
+from atoll.layout import Layout
+from atoll.model.requests import CreateRequest
+from atoll.model.vm import Event, VmInfo
+from atoll.operations.services import Services
+from atoll.platform.api import Report
+from atoll.platform.local_parts import LocalImages, LocalOperations
+from atoll.platform.local_vm import LocalVm
+
+if TYPE_CHECKING:
+    from atoll.host.doctor import Check
+
+# Operations are imported where they are used: `atoll ls` shall not pay for QMP, HTTP or asyncio.
+
+
+def list_now(layout: Layout | None = None) -> tuple[list[VmInfo], list[str]]:
+    """What `LocalHost.ls` returns, and recovery's notices; no event loop unless there is something to recover."""
+    from atoll.operations import observe
+
+    services = Services(layout)
+    try:
+        notices = _recover_now(services)
+        return observe.list_vms(services), notices
+    finally:
+        services.close()
+
+
+def _recover_now(services: Services) -> list[str]:
+    if not services.records.operations(unfinished=True) and not services.records.throwaways():
+        return []
+    import asyncio
+
+    return asyncio.run(_settle(services))
+
+
+def knock(reference: str) -> None:
+    """Tell the guest agent of a VM that somebody is coming. For commands, before they import the rest."""
+    from atoll.operations.guest_knock import knock
+
+    knock(reference)
+
+
+async def _settle(services: Services) -> list[str]:
+    """Finish or undo what killed commands have left, and remove what `run --rm` left behind; a sentence about each."""
+    notices: list[str] = []
+    if services.records.operations(unfinished=True):
+        from atoll.operations import engine
+        from atoll.operations.registry import VERBS
+
+        notices += await engine.recover(services, VERBS)
+    if services.records.throwaways():
+        from atoll.operations.remove import remove_throwaways
+
+        notices += await remove_throwaways(services)
+    return notices
+
+
+class LocalHost:
+    """This computer. An async context manager; opening it settles what killed commands have left."""
+
+    def __init__(self, layout: Layout | None = None) -> None:
+        self._services = Services(layout)
+        self._notices: list[str] = []
+
+    @property
+    def layout(self) -> Layout:
+        return self._services.layout
+
+    @property
+    def images(self) -> LocalImages:
+        return LocalImages(self._services)
+
+    @property
+    def operations(self) -> LocalOperations:
+        return LocalOperations(self._services)
+
+    async def __aenter__(self) -> Self:
+        self._notices += await _settle(self._services)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._services.close()
+
+    def notices(self) -> list[str]:
+        told, self._notices = self._notices, []
+        return told
+
+    async def ls(self) -> list[VmInfo]:
+        from atoll.operations import observe
+
+        return observe.list_vms(self._services)
+
+    async def get(self, reference: str) -> LocalVm:
+        return LocalVm(self._services, self._services.find_vm(reference))
+
+    async def create(self, image: str | CreateRequest, *, report: Report | None = None, **options: object) -> LocalVm:
+        from atoll.operations import resolve
+        from atoll.operations.create import create
+
+        request = resolve.as_request(image, options)
+        if request.image is not None:
+            from atoll.operations.images import ensure
+
+            made = await ensure(request.image, arch=request.arch, services=self._services, report=report)
+            request = replace(request, image=made.name)
+        return LocalVm(self._services, await create(request, services=self._services, report=report))
+
+    async def run(
+        self,
+        image: str | CreateRequest,
+        *,
+        report: Report | None = None,
+        timeout: float | None = None,
+        **options: object,
+    ) -> LocalVm:
+        vm = await self.create(image, report=report, **options)
+        await vm.start(wait=True, timeout=timeout)
+        return vm
+
+    async def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
+        records = self._services.records
+        last = after if after is not None else (records.last_event() if follow else 0)
+        if not follow:
+            while found := records.events(after=last):
+                for event in found:
+                    yield event
+                last = found[-1].id
+            return
+        from atoll.operations.events import follow_events
+
+        async for event in follow_events(self._services, after=last):
+            yield event
+
+    async def doctor(self) -> "list[Check]":
+        """Each check of this computer, with the command that mends it."""
+        from atoll.host.doctor import examine
+
+        return await examine(self.layout)
+
+
+def connect_local(layout: Layout | None = None) -> LocalHost:
+    """This machine."""
+    return LocalHost(layout)

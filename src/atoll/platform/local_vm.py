@@ -1,0 +1,235 @@
+"""A handle to a VM of this machine."""
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from atoll.errors import InvalidInput, NotFound, Unsupported
+from atoll.model import names
+from atoll.model.requests import DiskRequest, SetRequest
+from atoll.model.spec import DiskSpec, PortSpec
+from atoll.model.state import require
+from atoll.model.vm import Change, ExecRequest, ExecResult, Stats, Vm, VmInfo
+from atoll.operations.services import Services
+from atoll.platform.api import AsyncVm, ByteSink, Report, Terminal
+
+# Operations are imported where they are used, so that a command pays only for what it does.
+
+
+class LocalVm:
+    """A VM of this machine. See `platform/api.py` for what each method does."""
+
+    def __init__(self, services: Services, vm: Vm) -> None:
+        self._services = services
+        self._id = vm.id
+        self._name = vm.name
+
+    def __repr__(self) -> str:
+        return f"<Vm {self._name} {self._id[: names.SHORT_ID]}>"
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def _record(self) -> Vm:
+        vm = self._services.vm(self._id)
+        self._name = vm.name
+        return vm
+
+    def _running(self) -> Vm:
+        """The record of a VM that has to run. Raises `WrongState`."""
+        from atoll.operations import observe
+
+        vm = self._record()
+        require(vm.name, observe.phase_of(self._services, vm), "exec")
+        return vm
+
+    def _with_agent(self) -> Vm:
+        vm = self._running()
+        if not vm.spec.guest.agent:
+            raise Unsupported(
+                f"{vm.name}: its image has no guest agent",
+                next_step=f"Use `atoll console {vm.name}`; or install one there, then `atoll set {vm.name} --agent`.",
+            )
+        return vm
+
+    async def info(self) -> VmInfo:
+        from atoll.operations import observe
+
+        return observe.observe_one(self._services, self._record())
+
+    async def start(self, *, wait: bool = False, timeout: float | None = None) -> None:
+        from atoll.operations.start import start
+
+        await start(self._record(), services=self._services)
+        if wait:
+            await self.wait("ready", timeout=timeout)
+
+    async def stop(self, *, force: bool = False, timeout: float = 60.0) -> None:
+        from atoll.operations.stop import stop
+
+        await stop(self._record(), services=self._services, force=force, timeout=timeout)
+        await self._remove_if_throwaway()
+
+    async def _remove_if_throwaway(self) -> None:
+        with contextlib.suppress(NotFound):
+            if self._record().remove_when_stopped:
+                await self.rm()
+
+    async def restart(self, *, force: bool = False, timeout: float = 60.0) -> None:
+        from atoll.operations.start import start
+        from atoll.operations.stop import stop
+
+        await stop(self._record(), services=self._services, force=force, timeout=timeout)
+        await start(self._record(), services=self._services)
+
+    async def pause(self) -> None:
+        from atoll.operations.power import pause
+
+        await pause(self._record(), services=self._services)
+
+    async def resume(self) -> None:
+        from atoll.operations.power import resume
+
+        await resume(self._record(), services=self._services)
+
+    async def rm(self, *, force: bool = False) -> None:
+        from atoll.operations.remove import remove
+
+        await remove(self._record(), services=self._services, force=force)
+
+    async def rename(self, name: str) -> None:
+        from atoll.operations.rename import rename
+
+        await rename(self._record(), name, services=self._services)
+        self._name = name
+
+    async def set(self, request: SetRequest) -> list[Change]:
+        from atoll.operations.configure import configure
+
+        return await configure(self._record(), request, services=self._services)
+
+    async def wait(
+        self,
+        condition: Literal["ready", "stopped"] | None = None,
+        *,
+        text: str | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        from atoll.operations.ready import wait
+
+        return await wait(self._record(), condition, services=self._services, text=text, timeout=timeout)
+
+    async def exec(
+        self,
+        command: Sequence[str] | ExecRequest,
+        *,
+        stdin: bytes | AsyncIterator[bytes] | None = None,
+        on_stdout: ByteSink | None = None,
+        on_stderr: ByteSink | None = None,
+    ) -> ExecResult:
+        from atoll.operations.guest_exec import execute
+
+        request = command if isinstance(command, ExecRequest) else ExecRequest(argv=tuple(command))
+        if not request.argv:
+            raise InvalidInput("there is no command to run", next_step="Write it after `--`.")
+        vm = self._with_agent()
+        paths = self._services.layout.vm(vm.id)
+        return await execute(paths, vm.name, request, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr)
+
+    async def shell(self, command: Sequence[str] = (), *, user: str | None = None) -> Terminal:
+        from atoll.operations.guest_shell import open_shell
+
+        vm = self._with_agent()
+        return await open_shell(self._services.layout.vm(vm.id), vm.name, command=tuple(command), user=user)
+
+    async def console(self) -> Terminal:
+        from atoll.operations import observe
+        from atoll.operations.guest_shell import open_console
+
+        vm = self._record()
+        require(vm.name, observe.phase_of(self._services, vm), "console")
+        return await open_console(self._services.layout.vm(vm.id), vm.name)
+
+    async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
+        from atoll.operations.guest_copy import copy_to
+
+        vm = self._with_agent()
+        await copy_to(self._services.layout.vm(vm.id), vm.name, source, destination, report=report)
+
+    async def copy_from(self, source: str, destination: Path, *, report: Report | None = None) -> None:
+        from atoll.operations.guest_copy import copy_from
+
+        vm = self._with_agent()
+        await copy_from(self._services.layout.vm(vm.id), vm.name, source, destination, report=report)
+
+    def logs(
+        self,
+        *,
+        follow: bool = False,
+        tail: int | None = None,
+        source: Literal["serial", "qemu", "events"] = "serial",
+    ) -> AsyncIterator[bytes]:
+        from atoll.operations.logs import read
+
+        return read(self._record(), services=self._services, follow_it=follow, tail=tail, source=source)
+
+    async def screenshot(self) -> bytes:
+        from atoll.operations.look import screenshot
+
+        return await screenshot(self._record(), services=self._services)
+
+    async def type(self, text: str) -> None:
+        from atoll.operations.look import type_text
+
+        await type_text(self._record(), text, services=self._services)
+
+    async def key(self, *keys: str) -> None:
+        from atoll.operations.look import press
+
+        await press(self._record(), keys, services=self._services)
+
+    async def ports(self) -> list[PortSpec]:
+        return [port for nic in self._record().spec.nics for port in nic.ports]
+
+    async def publish(self, port: PortSpec) -> PortSpec:
+        from atoll.operations.ports import publish
+
+        return await publish(self._record(), port, services=self._services)
+
+    async def unpublish(self, host_port: int, *, protocol: Literal["tcp", "udp"] = "tcp") -> None:
+        from atoll.operations.ports import unpublish
+
+        await unpublish(self._record(), host_port, services=self._services, protocol=protocol)
+
+    async def stats(self) -> Stats:
+        from atoll.operations.look import stats
+
+        return await stats(self._record(), services=self._services)
+
+    async def disks(self) -> list[DiskSpec]:
+        vm = self._record()
+        return list((vm.pending or vm.spec).disks)
+
+    async def disk_add(self, request: DiskRequest) -> tuple[DiskSpec, Change]:
+        from atoll.operations.disk import add_disk
+
+        return await add_disk(self._record(), request, services=self._services)
+
+    async def disk_rm(self, name: str) -> Change:
+        from atoll.operations.disk import remove_disk
+
+        return await remove_disk(self._record(), name, services=self._services)
+
+    async def disk_resize(self, name: str, size: str | int) -> Change:
+        from atoll.operations.disk import resize_disk
+
+        return await resize_disk(self._record(), name, size, services=self._services)
+
+
+_: type[AsyncVm] = LocalVm

@@ -1,0 +1,264 @@
+"""Turns a VM's spec and the probed capabilities into a `LaunchPlan`. Pure: golden files check it.
+
+Everything that QEMU opens is handed over by descriptor: disks and logs as descriptor sets (`-add-fd`), sockets bound
+and listening, kernels and ROMs as `/proc/self/fd/N` since QEMU opens those without its own `/dev/fdset` reader.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import Struct
+
+from atoll.errors import InvalidInput, Unsupported
+from atoll.layout import Layout, VmPaths
+from atoll.model.image import Layer
+from atoll.model.launch import Access, Capabilities, Feed, Firmware, LaunchPlan, Listener, OpenFile
+from atoll.model.spec import DiskSpec, VmSpec
+from atoll.model.units import MIB
+from atoll.model.vm import Vm
+from atoll.qemu import devices
+from atoll.qemu.cpu import accelerator_argument, cpu_model, topology
+
+MONITORS = ("control", "observe")
+"""`control` is for who holds the VM's lock, `observe` for short questions; QEMU serves one client on each."""
+
+
+class PlanInputs(Struct, frozen=True, kw_only=True):
+    """All that a plan depends on."""
+
+    vm: Vm
+    spec: VmSpec
+    caps: Capabilities
+    accelerator: str
+    layout: Layout
+    layers: dict[str, Layer]
+    """The layers below this VM's heads, by id, with their parents."""
+    firmware: Firmware | None = None
+    seed: bool = False
+    """Attach the first-boot seed."""
+
+
+def plan(inputs: PlanInputs) -> LaunchPlan:
+    """How to start the VM. Raises `Unsupported` when this QEMU lacks something the spec needs."""
+    _check(inputs)
+    return _Builder(inputs).build()
+
+
+def _check(inputs: PlanInputs) -> None:
+    spec, caps = inputs.spec, inputs.caps
+    if not caps.has(machine=spec.machine_type):
+        raise Unsupported(
+            f"{inputs.vm.name}: this QEMU ({caps.version_text}) has no machine '{spec.machine_type}'",
+            "the VM was made with another version",
+            "Install the QEMU that it was made with, or newer.",
+        )
+    if spec.boot.firmware == "uefi" and inputs.firmware is None:
+        raise Unsupported(
+            f"{inputs.vm.name}: it boots by UEFI, and no firmware was found", next_step="Run `atoll doctor`."
+        )
+    if spec.boot.firmware == "kernel" and spec.boot.kernel is None:
+        raise InvalidInput(f"{inputs.vm.name}: it boots a kernel directly, and has none")
+    if sum(disk.bus == "sata" for disk in spec.disks) > 6 or sum(disk.bus == "floppy" for disk in spec.disks) > 2:
+        raise InvalidInput(
+            f"{inputs.vm.name}: too many disks on one bus", "SATA takes six, floppy two", "Use virtio or scsi."
+        )
+    if spec.machine != "q35" and any(disk.bus == "floppy" for disk in spec.disks):
+        raise Unsupported(
+            f"{inputs.vm.name}: the machine '{spec.machine}' has no floppy drive", next_step="Use --machine q35."
+        )
+
+
+class _Builder:
+    """Collects the argv and what goes with it, in one order that golden files can hold."""
+
+    def __init__(self, inputs: PlanInputs) -> None:
+        self.inputs = inputs
+        self.spec = inputs.spec
+        self.paths: VmPaths = inputs.layout.vm(inputs.vm.id)
+        self.argv: list[str] = []
+        self.files: list[OpenFile] = []
+        self.listeners: list[Listener] = []
+
+    def build(self) -> LaunchPlan:
+        self._machine()
+        self._boot()
+        self._channels()
+        self._disks()
+        for device in devices.common_devices(self.spec) + devices.display_devices(self.spec):
+            self._json("-device", device)
+        self._network()
+        if self.inputs.caps.has(type="vmgenid") and self.spec.machine == "q35":
+            self._json("-device", {"driver": "vmgenid", "id": "generation", "guid": "auto"})
+        if self.spec.display == "none":
+            self._add("-display", "none")
+        else:
+            # Relative to the working folder: a long path doesn't fit into a socket's address.
+            self._add("-vnc", "unix:vnc.sock")
+        return LaunchPlan(
+            binary=self.inputs.caps.binary,
+            argv=tuple(self.argv),
+            files=tuple(self.files),
+            listeners=tuple(self.listeners),
+            feeds=(Feed(name="hello", content=b'{"execute":"qmp_capabilities"}\n'),),
+            working_folder=str(self.paths.run),
+        )
+
+    def _add(self, *words: str) -> None:
+        self.argv += words
+
+    def _json(self, flag: str, value: dict[str, Any]) -> None:
+        self._add(flag, json.dumps(value, separators=(",", ":")))
+
+    def _descriptor_set(self, name: str, path: object, access: Access) -> int:
+        """Hand a file over as a descriptor set; returns the set's number."""
+        self.files.append(OpenFile(name=name, path=str(path), access=access))
+        number = len(self.files)
+        self._add("-add-fd", f"fd=@fd:{name}@,set={number},opaque={name}")
+        return number
+
+    def _plain_descriptor(self, name: str, path: object) -> str:
+        """Hand a file over for code in QEMU that opens by path."""
+        self.files.append(OpenFile(name=name, path=str(path), access="read"))
+        return f"/proc/self/fd/@fd:{name}@"
+
+    def _machine(self) -> None:
+        spec, vm = self.spec, self.inputs.vm
+        self._add("-name", f"guest={vm.name},debug-threads=on", "-uuid", vm.uuid)
+        self._add("-nodefaults", "-no-user-config", "-msg", "timestamp=on")
+        options = [f"type={spec.machine_type}", "usb=off", "dump-guest-core=off", "memory-backend=ram"]
+        match spec.machine:
+            case "q35":
+                # Without these controllers a direct boot is a third of a second faster under emulation.
+                sata = any(disk.bus == "sata" for disk in spec.disks)
+                options += ["vmport=off", "smbus=off", f"sata={'on' if sata else 'off'}"]
+            case "microvm":
+                options += ["pcie=on", "rtc=on", "isa-serial=on", "acpi=on"]
+                options.remove("usb=off")
+            case "virt":
+                options += ["gic-version=max"] if spec.arch == "aarch64" else []
+        if spec.boot.firmware == "uefi":
+            options += ["pflash0=firmware", "pflash1=variables"]
+        self._add("-machine", ",".join(options), "-accel", accelerator_argument(self.inputs.accelerator))
+        self._add("-cpu", cpu_model(spec, accelerator=self.inputs.accelerator, caps=self.inputs.caps))
+        self._add("-smp", topology(spec.cpu), "-m", f"{spec.memory // MIB}M")
+        self._json("-object", {"qom-type": "memory-backend-ram", "id": "ram", "size": spec.memory})
+        self._json("-object", {"qom-type": "rng-random", "id": "entropy", "filename": "/dev/urandom"})
+        # A guest that powers off ends QEMU; one that panics stops, so that it can be looked at.
+        self._add("-rtc", f"base={spec.clock}", "-action", "panic=pause", "-boot", "menu=off,strict=on")
+
+    def _boot(self) -> None:
+        boot, blob = self.spec.boot, self.inputs.layout.blob
+        if boot.firmware == "uefi" and self.inputs.firmware is not None:
+            firmware = self.inputs.firmware
+            for name, path, driver, read_only in (
+                ("firmware", firmware.code, firmware.code_format, True),
+                ("variables", self.paths.nvram, firmware.variables_format, False),
+            ):
+                number = self._descriptor_set(name, path, "read" if read_only else "read-write")
+                self._json("-blockdev", devices.file_node(f"{name}-file", number, read_only=read_only))
+                self._json("-blockdev", devices.format_node(name, driver, f"{name}-file", read_only=read_only))
+        if boot.rom is not None:
+            self._add("-bios", self._plain_descriptor("rom", blob(boot.rom)))
+        if boot.firmware == "kernel" and boot.kernel is not None:
+            self._add("-kernel", self._plain_descriptor("kernel", blob(boot.kernel)))
+            if boot.initrd is not None:
+                self._add("-initrd", self._plain_descriptor("initrd", blob(boot.initrd)))
+            self._add("-append", self._command_line())
+
+    def _command_line(self) -> str:
+        words = [self.spec.boot.cmdline]
+        if self.spec.guest.seed != "none":
+            words.append(f"systemd.hostname={self.inputs.vm.name}")
+        return " ".join(word for word in words if word)
+
+    def _listen(self, name: str, options: str = "") -> None:
+        """A character device on a socket that is bound and listening already."""
+        self.listeners.append(Listener(name=name, path=str(self.paths.socket(name))))
+        self._add("-chardev", f"socket,id={name},fd=@fd:{name}@,server=on,wait=off{options}")
+
+    def _channels(self) -> None:
+        for name in MONITORS:
+            self._listen(name)
+            self._add("-mon", f"chardev={name},mode=control")
+        # A monitor that only writes: QEMU keeps its own record of events, whether or not anyone of ours is there.
+        events = self._descriptor_set("events", self.paths.event_log, "append")
+        self._add("-add-fd", "fd=@fd:hello@,set=100,opaque=hello")
+        self._add("-chardev", f"file,id=events,path=/dev/fdset/{events},append=on,input-path=/dev/fdset/100")
+        self._add("-mon", "chardev=events,mode=control")
+        serial = self._descriptor_set("serial-log", self.paths.serial_log, "append")
+        self._listen("serial", f",logfile=/dev/fdset/{serial},logappend=on")
+        self._add("-serial", "chardev:serial")
+        for name in devices.channel_names():
+            self._listen(name)
+        for device in devices.channel_devices(self.spec):
+            self._json("-device", device)
+
+    def _disks(self) -> None:
+        for controller in devices.controllers(self.spec):
+            self._json("-device", controller)
+        for index, disk in enumerate(self.spec.disks, start=1):
+            for node in self._nodes(disk):
+                self._json("-blockdev", node)
+            for device in devices.disk_devices(self.spec, disk, boot_index=index):
+                self._json("-device", device)
+        if self.inputs.seed:
+            number = self._descriptor_set("seed", self.paths.seed, "read")
+            self._json("-blockdev", devices.file_node("seed-file", number, read_only=True))
+            self._json("-blockdev", devices.format_node("seed-iso", "raw", "seed-file", read_only=True))
+            self._json("-device", devices.seed_device(self.spec))
+
+    def _nodes(self, disk: DiskSpec) -> list[dict[str, Any]]:
+        return disk_nodes(
+            disk,
+            layout=self.inputs.layout,
+            vm_id=self.inputs.vm.id,
+            layers=self.inputs.layers,
+            hand_over=self._descriptor_set,
+        )
+
+    def _network(self) -> None:
+        for nic in self.spec.nics:
+            self._json("-netdev", devices.network_backend(nic))
+            self._json("-device", devices.network_device(self.spec, nic))
+
+
+def layer_chain(layer_id: str | None, layers: dict[str, Layer]) -> list[str]:
+    """The ids from the oldest layer to `layer_id`."""
+    chain: list[str] = []
+    while layer_id is not None:
+        chain.insert(0, layer_id)
+        layer_id = layers[layer_id].parent
+    return chain
+
+
+def disk_nodes(
+    disk: DiskSpec,
+    *,
+    layout: Layout,
+    vm_id: str,
+    layers: dict[str, Layer],
+    hand_over: Callable[[str, object, Access], int],
+) -> list[dict[str, Any]]:
+    """The block nodes of a disk, lowest first; the last has the disk's name.
+
+    `hand_over` gives a file a descriptor set and returns its number.
+    Node names have at most 31 bytes, so disk names have at most 20 (see `operations/resolve.py`).
+    """
+    nodes: list[dict[str, Any]] = []
+
+    def stack(name: str, path: object, driver: str, *, read_only: bool, backing: str | None) -> None:
+        number = hand_over(name, path, "read" if read_only else "read-write")
+        nodes.append(devices.file_node(f"{name}-file", number, read_only=read_only))
+        nodes.append(devices.format_node(name, driver, f"{name}-file", read_only=read_only, backing=backing))
+
+    if disk.blob is not None:
+        stack(disk.name, layout.blob(disk.blob), "raw", read_only=True, backing=None)
+        return nodes
+    below: str | None = None
+    for depth, layer_id in enumerate(layer_chain(disk.layer, layers)):
+        name = f"{disk.name}-{depth}"
+        stack(name, layout.layer(layer_id), "qcow2", read_only=True, backing=below)
+        below = name
+    stack(disk.name, layout.vm(vm_id).disk(disk.name), "qcow2", read_only=False, backing=below)
+    return nodes

@@ -1,0 +1,76 @@
+"""What the rest of Atoll asks of a place for records. `store/sqlite.py` is the embedded one.
+
+Every method is one transaction: it holds whole or not at all, also after a power cut. Methods block for a few
+milliseconds at most, so they are called from coroutines as they are.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from atoll.model.image import Image, Layer
+from atoll.model.operation import Operation
+from atoll.model.vm import Event, Vm
+
+
+class Records(Protocol):
+    """VMs, images, layers, the journal and the events."""
+
+    def close(self) -> None: ...
+
+    def vms(self) -> list[Vm]:
+        """All VMs, oldest first."""
+
+    def vm(self, vm_id: str) -> Vm | None: ...
+
+    def throwaways(self) -> list[Vm]:
+        """VMs that are removed once they have stopped."""
+
+    def add_vm(self, vm: Vm) -> None:
+        """Raises `AlreadyExists` when the name or one of the published ports is taken."""
+
+    def put_vm(self, vm: Vm) -> None:
+        """Replace the record of a VM that exists. Raises `AlreadyExists` as `add_vm`, `NotFound` when it is gone."""
+
+    def remove_vm(self, vm_id: str) -> None:
+        """Idempotent."""
+
+    def images(self) -> list[Image]:
+        """All images, oldest first."""
+
+    def image(self, image_id: str) -> Image | None: ...
+
+    def add_image(self, image: Image, layers: Iterable[Layer]) -> None:
+        """Record an image with its new layers; a name that another image had moves to this one."""
+
+    def put_image_names(self, image_id: str, names: Iterable[str]) -> Image:
+        """Give an image exactly these names; the first is the one it is shown by. Raises `NotFound`."""
+
+    def remove_image(self, image_id: str) -> None:
+        """Idempotent. Layers stay until `remove_layers`."""
+
+    def layers(self) -> list[Layer]: ...
+
+    def layer(self, layer_id: str) -> Layer | None: ...
+
+    def remove_layers(self, layer_ids: Iterable[str]) -> None: ...
+
+    def operations(self, *, unfinished: bool = False, limit: int = 200) -> list[Operation]:
+        """The newest first; `unfinished` are those that run, are being undone, or are stuck."""
+
+    def operation(self, operation_id: str) -> Operation | None: ...
+
+    def put_operation(self, operation: Operation) -> None:
+        """Add or replace. A cancel request that another process recorded meanwhile is kept."""
+
+    def request_cancel(self, operation_id: str) -> None: ...
+
+    def add_event(
+        self, kind: str, *, vm_id: str | None = None, name: str = "", data: dict[str, Any] | None = None
+    ) -> Event:
+        """Append an event and wake its followers."""
+
+    def last_event(self) -> int:
+        """The id of the newest event; 0 before the first."""
+
+    def events(self, *, after: int = 0, limit: int = 1000) -> list[Event]:
+        """Events with an id above `after`, oldest first."""

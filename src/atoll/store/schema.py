@@ -1,0 +1,49 @@
+"""The database's numbered migrations. A migration that has shipped is never edited: add the next one."""
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE vms (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        created_at REAL NOT NULL,
+        throwaway INTEGER NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX vms_throwaway ON vms(throwaway) WHERE throwaway;
+    CREATE TABLE ports (
+        vm_id TEXT NOT NULL REFERENCES vms(id) ON DELETE CASCADE,
+        host_address TEXT NOT NULL,
+        host_port INTEGER NOT NULL,
+        protocol TEXT NOT NULL,
+        PRIMARY KEY (host_address, host_port, protocol)
+    ) STRICT;
+    CREATE INDEX ports_by_vm ON ports(vm_id);
+    CREATE TABLE layers (id TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;
+    CREATE TABLE images (
+        id TEXT PRIMARY KEY,
+        created_at REAL NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE image_names (
+        name TEXT PRIMARY KEY,
+        image_id TEXT NOT NULL REFERENCES images(id) ON DELETE CASCADE
+    ) STRICT;
+    CREATE TABLE operations (
+        id TEXT PRIMARY KEY,
+        subject TEXT NOT NULL,
+        state TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX operations_by_state ON operations(state);
+    CREATE INDEX operations_by_time ON operations(created_at);
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL,
+        kind TEXT NOT NULL,
+        vm_id TEXT,
+        name TEXT NOT NULL,
+        data BLOB NOT NULL
+    ) STRICT;
+    """,
+)

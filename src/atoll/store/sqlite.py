@@ -1,0 +1,322 @@
+"""Records in one SQLite file: WAL, full durability, numbered migrations.
+
+Several processes use the file at once; each write is one short `BEGIN IMMEDIATE` transaction.
+"""
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from atoll.errors import AlreadyExists, NotFound, RecordsFailed, from_os_error
+from atoll.model.image import Image, Layer
+from atoll.model.operation import Operation
+from atoll.model.vm import Event, Vm
+from atoll.store.schema import MIGRATIONS
+
+WAIT_FOR_WRITERS = 60.0
+"""Seconds that a transaction waits for those of other processes."""
+KEPT_OPERATIONS = 2000
+KEPT_EVENTS = 20000
+
+_vm = msgspec.json.Decoder(Vm)
+_image = msgspec.json.Decoder(Image)
+_layer = msgspec.json.Decoder(Layer)
+_operation = msgspec.json.Decoder(Operation)
+_encode = msgspec.json.Encoder().encode
+
+
+class SqliteRecords:
+    """The embedded `Records`."""
+
+    def __init__(self, path: Path, *, wake: Path | None = None) -> None:
+        """Open the database, making or upgrading it. Raises `RecordsFailed` or `StorageFailed`."""
+        self._path = path
+        self._wake = wake
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise from_os_error(error, f"make the folder {path.parent}") from error
+        with self._told():
+            self._connection = sqlite3.connect(
+                path, timeout=WAIT_FOR_WRITERS, isolation_level=None, check_same_thread=False
+            )
+            self._connection.execute("PRAGMA foreign_keys = ON")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            self._migrate()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _migrate(self) -> None:
+        if self._version() == len(MIGRATIONS):
+            return
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        with self._transaction() as db:
+            version = self._version()
+            if version > len(MIGRATIONS):
+                raise RecordsFailed(
+                    f"{self._path} is of a newer Atoll",
+                    f"its schema is number {version}, this Atoll knows up to {len(MIGRATIONS)}",
+                    "Upgrade with `pip install --upgrade atoll`.",
+                )
+            for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+                for statement in script.split(";"):
+                    if statement.strip():
+                        db.execute(statement)
+                db.execute(f"PRAGMA user_version = {number}")
+
+    def _version(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's errors as the user should read them."""
+        try:
+            yield
+        except msgspec.DecodeError as error:
+            raise RecordsFailed(
+                f"a record in {self._path} can't be read",
+                str(error),
+                "It may be of a newer Atoll: upgrade, or restore a backup of that file.",
+            ) from error
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.DatabaseError as error:
+            raise self._database_error(error) from error
+
+    def _database_error(self, error: sqlite3.DatabaseError) -> RecordsFailed:
+        name = getattr(error, "sqlite_errorname", "")
+        if name == "SQLITE_FULL":
+            why, next_step = "the disk is full", "Free some space (`atoll image prune`), then try again."
+        elif name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+            why, next_step = f"it can't be written ({error})", "Check that folder's owner and mode, or set ATOLL_HOME."
+        elif name.startswith("SQLITE_BUSY"):
+            why, next_step = "another process kept it locked", "Try again; `atoll operation ls` shows what runs."
+        else:
+            why = f"it is damaged ({error})"
+            next_step = (
+                f"Recover it with `sqlite3 {self._path} .recover`, or move it away: disks and images stay on disk."
+            )
+        return RecordsFailed(f"the records in {self._path} can't be used", why, next_step)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._told():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def _rows(self, query: str, *values: Any) -> list[Any]:
+        with self._told():
+            return self._connection.execute(query, values).fetchall()
+
+    # VMs
+
+    def vms(self) -> list[Vm]:
+        with self._told():
+            return [_vm.decode(row[0]) for row in self._rows("SELECT record FROM vms ORDER BY created_at, id")]
+
+    def vm(self, vm_id: str) -> Vm | None:
+        with self._told():
+            rows = self._rows("SELECT record FROM vms WHERE id = ?", vm_id)
+            return _vm.decode(rows[0][0]) if rows else None
+
+    def throwaways(self) -> list[Vm]:
+        with self._told():
+            return [_vm.decode(row[0]) for row in self._rows("SELECT record FROM vms WHERE throwaway")]
+
+    def add_vm(self, vm: Vm) -> None:
+        with self._clashes_told(vm), self._transaction() as db:
+            row = (vm.id, vm.name, vm.created_at, vm.remove_when_stopped, _encode(vm))
+            db.execute("INSERT INTO vms VALUES (?, ?, ?, ?, ?)", row)
+            self._put_ports(db, vm)
+
+    def put_vm(self, vm: Vm) -> None:
+        with self._clashes_told(vm), self._transaction() as db:
+            updated = db.execute("UPDATE vms SET name = ?, record = ? WHERE id = ?", (vm.name, _encode(vm), vm.id))
+            if updated.rowcount == 0:
+                raise NotFound(f"the VM '{vm.name}' is gone", "another process removed it")
+            db.execute("DELETE FROM ports WHERE vm_id = ?", (vm.id,))
+            self._put_ports(db, vm)
+
+    def remove_vm(self, vm_id: str) -> None:
+        with self._transaction() as db:
+            db.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
+
+    @staticmethod
+    def _put_ports(db: sqlite3.Connection, vm: Vm) -> None:
+        ports = [port for nic in vm.spec.nics for port in nic.ports]
+        for port in ports:
+            # 0.0.0.0 takes the port on every address, so it clashes with each of them.
+            holder = db.execute(
+                "SELECT vms.name FROM ports JOIN vms ON vms.id = vm_id WHERE host_port = ? AND protocol = ?"
+                " AND (host_address = ? OR host_address = '0.0.0.0' OR ? = '0.0.0.0')",
+                (port.host_port, port.protocol, port.host_address, port.host_address),
+            ).fetchone()
+            if holder:
+                raise AlreadyExists(
+                    f"{vm.name}: port {port.host_port} is taken by '{holder[0]}'",
+                    next_step=f"Choose another with -p, or `atoll port rm {holder[0]} {port.host_port}`.",
+                )
+            db.execute(
+                "INSERT INTO ports VALUES (?, ?, ?, ?)", (vm.id, port.host_address, port.host_port, port.protocol)
+            )
+
+    @contextlib.contextmanager
+    def _clashes_told(self, vm: Vm) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.IntegrityError as error:
+            raise AlreadyExists(
+                f"there is a VM '{vm.name}' already", next_step=f"Choose another name, or `atoll rm {vm.name}` first."
+            ) from error
+
+    # Images and layers
+
+    def images(self) -> list[Image]:
+        with self._told():
+            return [_image.decode(row[0]) for row in self._rows("SELECT record FROM images ORDER BY created_at, id")]
+
+    def image(self, image_id: str) -> Image | None:
+        with self._told():
+            rows = self._rows("SELECT record FROM images WHERE id = ?", image_id)
+            return _image.decode(rows[0][0]) if rows else None
+
+    def add_image(self, image: Image, layers: Iterable[Layer]) -> None:
+        with self._transaction() as db:
+            for layer in layers:
+                db.execute("INSERT OR REPLACE INTO layers VALUES (?, ?)", (layer.id, _encode(layer)))
+            db.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?)", (image.id, image.created_at, _encode(image)))
+            self._take_names(db, image, [image.name, *image.tags])
+
+    def put_image_names(self, image_id: str, names: Iterable[str]) -> Image:
+        with self._transaction() as db:
+            row = db.execute("SELECT record FROM images WHERE id = ?", (image_id,)).fetchone()
+            if row is None:
+                raise NotFound(f"there is no image '{image_id}'", next_step="`atoll image ls` lists what there is.")
+            first, *others = names
+            image = msgspec.structs.replace(_image.decode(row[0]), name=first, tags=tuple(others))
+            db.execute("UPDATE images SET record = ? WHERE id = ?", (_encode(image), image_id))
+            self._take_names(db, image, [first, *others])
+            return image
+
+    @staticmethod
+    def _take_names(db: sqlite3.Connection, image: Image, names: list[str]) -> None:
+        """Point the names at this image; one that loses its last name is shown by its id."""
+        marks = ",".join("?" * len(names))
+        losers = db.execute(
+            f"SELECT DISTINCT image_id FROM image_names WHERE name IN ({marks}) AND image_id != ?", (*names, image.id)
+        ).fetchall()
+        for (loser_id,) in losers:
+            loser = _image.decode(db.execute("SELECT record FROM images WHERE id = ?", (loser_id,)).fetchone()[0])
+            first, *others = [name for name in (loser.name, *loser.tags) if name not in names] or [loser.short_id]
+            loser = msgspec.structs.replace(loser, name=first, tags=tuple(others))
+            db.execute("UPDATE images SET record = ? WHERE id = ?", (_encode(loser), loser_id))
+        db.execute("DELETE FROM image_names WHERE image_id = ?", (image.id,))
+        db.executemany("INSERT OR REPLACE INTO image_names VALUES (?, ?)", [(name, image.id) for name in names])
+
+    def remove_image(self, image_id: str) -> None:
+        with self._transaction() as db:
+            db.execute("DELETE FROM images WHERE id = ?", (image_id,))
+
+    def layers(self) -> list[Layer]:
+        with self._told():
+            return [_layer.decode(row[0]) for row in self._rows("SELECT record FROM layers ORDER BY id")]
+
+    def layer(self, layer_id: str) -> Layer | None:
+        with self._told():
+            rows = self._rows("SELECT record FROM layers WHERE id = ?", layer_id)
+            return _layer.decode(rows[0][0]) if rows else None
+
+    def remove_layers(self, layer_ids: Iterable[str]) -> None:
+        with self._transaction() as db:
+            db.executemany("DELETE FROM layers WHERE id = ?", [(layer_id,) for layer_id in layer_ids])
+
+    # The journal
+
+    def operations(self, *, unfinished: bool = False, limit: int = 200) -> list[Operation]:
+        where = "WHERE state IN ('running', 'undoing', 'stuck')" if unfinished else ""
+        with self._told():
+            rows = self._rows(f"SELECT record FROM operations {where} ORDER BY created_at DESC, id LIMIT ?", limit)
+            return [_operation.decode(row[0]) for row in rows]
+
+    def operation(self, operation_id: str) -> Operation | None:
+        with self._told():
+            rows = self._rows("SELECT record FROM operations WHERE id = ?", operation_id)
+            return _operation.decode(rows[0][0]) if rows else None
+
+    def put_operation(self, operation: Operation) -> None:
+        with self._transaction() as db:
+            row = db.execute("SELECT record FROM operations WHERE id = ?", (operation.id,)).fetchone()
+            if row is None:
+                self._forget_old(db)
+            elif _operation.decode(row[0]).cancel_requested:
+                operation = msgspec.structs.replace(operation, cancel_requested=True)
+            db.execute(
+                "INSERT OR REPLACE INTO operations VALUES (?, ?, ?, ?, ?)",
+                (operation.id, operation.subject, operation.state, operation.created_at, _encode(operation)),
+            )
+
+    def request_cancel(self, operation_id: str) -> None:
+        with self._transaction() as db:
+            row = db.execute("SELECT record FROM operations WHERE id = ?", (operation_id,)).fetchone()
+            if row is None:
+                raise NotFound(f"there is no operation '{operation_id}'", next_step="`atoll operation ls` lists them.")
+            operation = msgspec.structs.replace(_operation.decode(row[0]), cancel_requested=True)
+            db.execute("UPDATE operations SET record = ? WHERE id = ?", (_encode(operation), operation_id))
+        self._touch_wake()
+
+    @staticmethod
+    def _forget_old(db: sqlite3.Connection) -> None:
+        db.execute(
+            "DELETE FROM operations WHERE state IN ('done', 'undone') AND created_at <"
+            " (SELECT created_at FROM operations ORDER BY created_at DESC LIMIT 1 OFFSET ?)",
+            (KEPT_OPERATIONS,),
+        )
+
+    # Events
+
+    def add_event(
+        self, kind: str, *, vm_id: str | None = None, name: str = "", data: dict[str, Any] | None = None
+    ) -> Event:
+        at = time.time()
+        with self._transaction() as db:
+            cursor = db.execute(
+                "INSERT INTO events (at, kind, vm_id, name, data) VALUES (?, ?, ?, ?, ?)",
+                (at, kind, vm_id, name, _encode(data or {})),
+            )
+            number = cursor.lastrowid or 0
+            db.execute("DELETE FROM events WHERE id <= ?", (number - KEPT_EVENTS,))
+        self._touch_wake()
+        return Event(id=number, at=at, kind=kind, vm_id=vm_id, name=name, data=data or {})
+
+    def events(self, *, after: int = 0, limit: int = 1000) -> list[Event]:
+        rows = self._rows(
+            "SELECT id, at, kind, vm_id, name, data FROM events WHERE id > ? ORDER BY id LIMIT ?", after, limit
+        )
+        return [
+            Event(id=number, at=at, kind=kind, vm_id=vm_id, name=name, data=msgspec.json.decode(data))
+            for number, at, kind, vm_id, name, data in rows
+        ]
+
+    def last_event(self) -> int:
+        return int(self._rows("SELECT coalesce(max(id), 0) FROM events")[0][0])
+
+    def _touch_wake(self) -> None:
+        """Best effort: a follower that isn't woken still finds the event at its next look."""
+        if self._wake is not None:
+            with contextlib.suppress(OSError):
+                self._wake.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                descriptor = os.open(self._wake, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                os.write(descriptor, b".")
+                os.close(descriptor)

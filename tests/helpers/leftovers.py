@@ -1,0 +1,52 @@
+"""What a test may have left: processes are ended by their pid, logs of failed ones are kept."""
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+KEPT = ("serial.log", "qemu.log", "events.jsonl", "command.txt")
+
+
+def processes_of(home: Path) -> dict[int, str]:
+    """Processes whose working folder is below the home, or whose argv names it: QEMUs and tools that a test started."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            argv = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            where = str((entry / "cwd").readlink())
+            if argv and (where.startswith(f"{home}/") or f"{home}/" in argv):
+                found[int(entry.name)] = argv[:120]
+    return found
+
+
+def end_processes_of(home: Path) -> dict[int, str]:
+    left = processes_of(home)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}/cwd").exists() and _alive(pid) for pid in left) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def keep_logs(home: Path, where: Path) -> None:
+    """Serial log, QMP events, QEMU's words and command line of each VM of a failed test."""
+    for log in home.glob("data/**/log"):
+        target = where / log.parent.name
+        for name in KEPT:
+            if (log / name).exists():
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(log / name, target / name)

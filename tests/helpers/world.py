@@ -1,0 +1,79 @@
+"""Whether what is recorded and what is there agree: processes, files, disks that QEMU has open, forwarded ports."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from atoll.host import facts
+from atoll.host.sockets import connect
+from atoll.layout import Layout
+from atoll.model.state import Phase
+from atoll.model.vm import Vm
+from atoll.operations import observe
+from atoll.operations.services import Services
+from atoll.qemu.monitor import Monitor
+
+
+async def disagreements(layout: Layout) -> list[str]:
+    """A sentence for each thing that is recorded and not there, or there and not recorded."""
+    services = Services(layout)
+    try:
+        found = [f"unfinished: {operation}" for operation in services.records.operations(unfinished=True)]
+        vms = services.records.vms()
+        found += _of_folders(layout, vms)
+        found += _of_images(layout, services)
+        for vm in vms:
+            found += _of_files(layout, vm)
+            found += await _of_process(services, vm)
+        return found
+    finally:
+        services.close()
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _compared(what: str, there: Iterable[str], recorded: Iterable[str]) -> list[str]:
+    there, recorded = set(there), set(recorded)
+    found = [f"{what} {name} is there and not recorded" for name in sorted(there - recorded)]
+    return found + [f"{what} {name} is recorded and not there" for name in sorted(recorded - there)]
+
+
+def _of_folders(layout: Layout, vms: list[Vm]) -> list[str]:
+    found = _compared("VM folder", _names(layout.vms), {vm.id for vm in vms})
+    found += [f"temporary {name}" for name in sorted(_names(layout.temporary))]
+    sockets = _names(layout.run / "vms") - {vm.id for vm in vms}
+    return found + [f"sockets of a VM that is gone: {name}" for name in sorted(sockets)]
+
+
+def _of_images(layout: Layout, services: Services) -> list[str]:
+    blobs = {blob for image in services.records.images() for blob in image.blob_ids}
+    recorded = {f"{layer.id}.qcow2" for layer in services.records.layers()}
+    return _compared("layer", _names(layout.layers), recorded) + _compared("blob", _names(layout.blobs), blobs)
+
+
+def _of_files(layout: Layout, vm: Vm) -> list[str]:
+    heads = {f"{disk.name}.qcow2" for spec in (vm.spec, vm.pending) if spec for disk in spec.disks if not disk.blob}
+    there = {name for name in _names(layout.vm(vm.id).home) if name.endswith((".qcow2", ".tmp"))}
+    return _compared(f"{vm.name}: disk file", there, heads)
+
+
+async def _of_process(services: Services, vm: Vm) -> list[str]:
+    phase = observe.phase_of(services, vm)
+    there = {str(pid) for pid in facts.scan_for(vm.uuid, after="-uuid")}
+    recorded = {str(vm.run.pid)} if vm.run is not None and phase is not Phase.STOPPED else set()
+    found = _compared(f"{vm.name}: QEMU", there, recorded)
+    if phase in (Phase.RUNNING, Phase.PAUSED) and not found:
+        async with Monitor(connect(services.layout.vm(vm.id).socket("control"))) as monitor:
+            return await _of_devices(vm, monitor)
+    return found
+
+
+async def _of_devices(vm: Vm, monitor: Monitor) -> list[str]:
+    blocks = await monitor.execute("query-block")
+    disks = {block["inserted"]["node-name"] for block in blocks if block.get("inserted")} - {"seed-iso"}
+    found = _compared(f"{vm.name}: plugged disk", disks, {disk.name for disk in vm.spec.disks})
+    rules = await monitor.execute("human-monitor-command", {"command-line": "info usernet"})
+    forwarded = {line.split()[3] for line in rules.splitlines() if "HOST_FORWARD" in line}
+    ports = {str(port.host_port) for nic in vm.spec.nics for port in nic.ports}
+    return found + _compared(f"{vm.name}: forwarded port", forwarded, ports)

@@ -1,0 +1,299 @@
+"""The tool is killed at every step of every verb, on a real VM: the next command finishes or undoes it, tells so,
+and what is recorded is what is there.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.helpers import tool
+from tests.helpers.machines import Factory, Machine
+from tests.helpers.ports import free_port
+from tests.helpers.world import disagreements
+
+from atoll.model.requests import DiskRequest, SetRequest
+from atoll.model.spec import PortSpec
+from atoll.model.state import Phase
+from atoll.operations.engine import Context, Step, Verb
+from atoll.operations.registry import VERBS
+from atoll.operations.services import Services
+from atoll.platform.local import LocalHost
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+MIB = 1024**2
+SMALL: dict[str, Any] = {"memory": "96MiB"}
+
+
+@dataclass
+class Stage:
+    """A home with a VM `v` in it, and what the case at hand wants to remember."""
+
+    factory: Factory
+    port: int
+
+    async def vm(self) -> Machine:
+        return self.factory.machine(await self.factory.host.get("v"))
+
+    async def exists(self, name: str) -> bool:
+        return any(info.vm.name == name for info in await self.factory.host.ls())
+
+    async def phase(self) -> Phase:
+        return await (await self.vm()).phase()
+
+
+@dataclass
+class Case:
+    """How one verb is set up, what the tool does, and how its effect is seen."""
+
+    prepare: Callable[[Stage], Awaitable[None]]
+    action: str
+    effect: Callable[[Stage], Awaitable[bool]]
+
+
+async def stopped(stage: Stage) -> None:
+    if not await stage.exists("v"):
+        await stage.factory.create("tiny", name="v", **SMALL)
+    await (await stage.vm()).stop(force=True)
+
+
+async def running(stage: Stage) -> None:
+    if not await stage.exists("v"):
+        await stage.factory.create("tiny", name="v", **SMALL)
+    vm = await stage.vm()
+    if await vm.phase() is Phase.STOPPED:
+        await vm.start(wait=True, timeout=120)
+    await vm.resume()
+
+
+async def paused(stage: Stage) -> None:
+    await running(stage)
+    await (await stage.vm()).pause()
+
+
+async def nothing_made(stage: Stage) -> None:
+    await stage.factory.image("tiny")
+    for name in ("new", "v2"):
+        if await stage.exists(name):
+            await (await stage.factory.host.get(name)).rm(force=True)
+
+
+async def called_v(stage: Stage) -> None:
+    if await stage.exists("v2"):
+        await (await stage.factory.host.get("v2")).rename("v")
+    await stopped(stage)
+
+
+async def whole_memory(stage: Stage) -> None:
+    await running(stage)
+    await (await stage.vm()).set(SetRequest(memory=96 * MIB))
+
+
+async def no_ports(stage: Stage) -> None:
+    await running(stage)
+    vm = await stage.vm()
+    for port in await vm.ports():
+        await vm.unpublish(port.host_port)
+
+
+async def one_port(stage: Stage) -> None:
+    await no_ports(stage)
+    await (await stage.vm()).publish(PortSpec(host_port=stage.port, guest_port=80))
+
+
+async def no_extra_disk(stage: Stage) -> None:
+    await running(stage)
+    vm = await stage.vm()
+    if any(disk.name == "extra" for disk in await vm.disks()):
+        await vm.disk_rm("extra")
+
+
+async def extra_disk(stage: Stage) -> None:
+    await no_extra_disk(stage)
+    await (await stage.vm()).disk_add(DiskRequest(name="extra", size="8MiB"))
+
+
+async def no_image(stage: Stage) -> None:
+    (stage.factory.folder / "blank.img").write_bytes(bytes(MIB))
+    if any(image.name == "blank:latest" for image in await stage.factory.host.images.ls()):
+        await stage.factory.host.images.rm("blank")
+
+
+async def has_image(stage: Stage) -> bool:
+    return any(image.name == "blank:latest" for image in await stage.factory.host.images.ls())
+
+
+async def has_port(stage: Stage) -> bool:
+    return any(port.host_port == stage.port for port in await (await stage.vm()).ports())
+
+
+async def disk_size(stage: Stage, name: str) -> int:
+    return next((disk.size for disk in await (await stage.vm()).disks() if disk.name == name), 0)
+
+
+async def memory(stage: Stage) -> int:
+    record = (await stage.vm()).record
+    return (record.pending or record.spec).memory
+
+
+def _is(phase: Phase) -> Callable[[Stage], Awaitable[bool]]:
+    async def check(stage: Stage) -> bool:
+        return await stage.phase() is phase
+
+    return check
+
+
+async def _gone(stage: Stage) -> bool:
+    return not await stage.exists("v")
+
+
+CASES: dict[str, Case] = {
+    "create": Case(nothing_made, "await host.create('tiny', name='new', memory='96MiB')", lambda s: s.exists("new")),
+    "start": Case(stopped, "await (await host.get('v')).start()", _is(Phase.RUNNING)),
+    "stop": Case(running, "await (await host.get('v')).stop(force=True)", _is(Phase.STOPPED)),
+    "pause": Case(running, "await (await host.get('v')).pause()", _is(Phase.PAUSED)),
+    "resume": Case(paused, "await (await host.get('v')).resume()", _is(Phase.RUNNING)),
+    "rm": Case(stopped, "await (await host.get('v')).rm()", _gone),
+    "rename": Case(called_v, "await (await host.get('v')).rename('v2')", lambda s: s.exists("v2")),
+    "set": Case(
+        whole_memory,
+        "await (await host.get('v')).set(SetRequest(memory='80MiB' if {number} % 2 else '88MiB'))",
+        lambda s: _memory_is_set(s),
+    ),
+    "port add": Case(
+        no_ports, "await (await host.get('v')).publish(PortSpec(host_port={port}, guest_port=80))", has_port
+    ),
+    "port rm": Case(one_port, "await (await host.get('v')).unpublish({port})", lambda s: _not(has_port(s))),
+    "disk add": Case(
+        no_extra_disk,
+        "await (await host.get('v')).disk_add(DiskRequest(name='extra', size='8MiB'))",
+        lambda s: _more(disk_size(s, "extra"), 0),
+    ),
+    "disk rm": Case(
+        extra_disk, "await (await host.get('v')).disk_rm('extra')", lambda s: _not(_more(disk_size(s, "extra"), 0))
+    ),
+    "disk resize": Case(
+        extra_disk,
+        "await (await host.get('v')).disk_resize('extra', '16MiB')",
+        lambda s: _more(disk_size(s, "extra"), 8 * MIB),
+    ),
+    "image": Case(
+        no_image, "await host.images.import_file(ImportRequest(path={blank!r}, name='blank', format='raw'))", has_image
+    ),
+}
+
+
+async def _memory_is_set(stage: Stage) -> bool:
+    return await memory(stage) < 96 * MIB
+
+
+async def _not(answer: Awaitable[bool]) -> bool:
+    return not await answer
+
+
+async def _more(answer: Awaitable[int], than: int) -> bool:
+    return await answer > than
+
+
+@pytest.fixture
+async def stage(factory: Factory) -> Stage:
+    return Stage(factory, free_port())
+
+
+def action_of(case: Case, stage: Stage, number: int = 0) -> str:
+    return case.action.format(port=stage.port, number=number, blank=str(stage.factory.folder / "blank.img"))
+
+
+async def settled(factory: Factory) -> list[str]:
+    """What the next command tells about what was left."""
+    async with LocalHost(factory.layout) as host:
+        return host.notices()
+
+
+def kinds_of_end(verb: Verb[Any], upto: str) -> set[str]:
+    """How an operation that had begun the step `upto` may be told to have ended."""
+    begun = verb.steps[: 1 + next(number for number, step in enumerate(verb.steps) if step.name == upto)]
+    if any(step.final for step in begun):
+        return {"it was finished."}
+    return {"it was undone."} if any(step.undo for step in begun) else {"there was nothing to undo."}
+
+
+@pytest.mark.parametrize("name", sorted(VERBS))
+async def test_a_verb_killed_at_any_step_is_finished_or_undone_and_told(name: str, stage: Stage) -> None:
+    case, verb = CASES[name], VERBS[name]
+    for number, step in enumerate(verb.steps):
+        for moment in ("before", "after"):
+            where = f"{name}: killed {moment} '{step.name}'"
+            await case.prepare(stage)
+            assert not await case.effect(stage), where
+            exit_code, said = tool.run(
+                stage.factory.layout, action_of(case, stage, number), kill_at=(name, step.name, moment)
+            )
+            assert exit_code == -9, f"{where}: {said}"
+            (told,) = await settled(stage.factory)
+            assert told.startswith(f"'{name} ") and "had been interrupted" in told, where
+            (ending,) = kinds_of_end(verb, step.name)
+            assert told.endswith(ending), where
+            assert await disagreements(stage.factory.layout) == [], where
+            if ending != "there was nothing to undo.":
+                assert await case.effect(stage) is (ending == "it was finished."), where
+            assert await settled(stage.factory) == [], where
+
+
+def last_that_can_be_undone(verb: Verb[Any]) -> Step[Any] | None:
+    """The step before the point of no return, or the last one."""
+    reversible = []
+    for step in verb.steps:
+        if step.final:
+            break
+        reversible.append(step)
+    return reversible[-1] if any(step.undo for step in reversible) else None
+
+
+@pytest.mark.parametrize("name", sorted(name for name, verb in VERBS.items() if last_that_can_be_undone(verb)))
+async def test_a_verb_killed_while_it_is_undone_is_undone_and_each_undo_may_run_again(name: str, stage: Stage) -> None:
+    case, verb = CASES[name], VERBS[name]
+    failing = last_that_can_be_undone(verb)
+    assert failing is not None
+    for step in verb.steps[: verb.steps.index(failing) + 1]:
+        where = f"{name}: killed at the undo of '{step.name}'"
+        await case.prepare(stage)
+        exit_code, said = tool.run(
+            stage.factory.layout,
+            action_of(case, stage),
+            kill_at=(name, step.name, "undo"),
+            fail_at=(name, failing.name, "after"),
+        )
+        assert exit_code == -9, f"{where}: {said}"
+        (told,) = await settled(stage.factory)
+        assert told.endswith("it was undone."), where
+        assert await disagreements(stage.factory.layout) == [], where
+        await undo_again(stage.factory, verb)
+        assert await disagreements(stage.factory.layout) == [], f"{where}, and undone once more"
+        assert not await case.effect(stage), where
+
+
+async def undo_again(factory: Factory, verb: Verb[Any]) -> None:
+    services = Services(factory.layout)
+    try:
+        operation = next(o for o in services.records.operations() if o.verb == verb.name)
+        context: Context[Any] = Context(
+            services=services,
+            subject=operation.subject,
+            request=msgspec.convert(operation.request, verb.request),
+            report=lambda progress: None,
+            notes=dict(operation.notes),
+        )
+        for step in reversed(verb.steps):
+            if step.undo is not None:
+                await step.undo(context)
+    finally:
+        services.close()
+
+
+def test_each_verb_of_the_registry_has_its_case() -> None:
+    assert set(CASES) == set(VERBS)
+    assert Path(tool.ROOT / "src").is_dir()
