@@ -72,7 +72,6 @@ async def test_a_guest_that_powers_off_is_stopped_and_one_that_reboots_goes_on(f
     assert (exit.reason, exit.detail) == ("guest-shutdown", "the guest powered itself off")
 
 
-@pytest.mark.xfail(reason="fails when last run; not yet understood")
 async def test_a_guest_whose_kernel_panics_is_crashed_until_it_is_stopped(factory: Factory) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
     await vm.sh("modprobe pvpanic_pci")

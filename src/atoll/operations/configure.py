@@ -6,23 +6,29 @@ record    the new values, for now or for the next start          (point of no re
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AtollError, InvalidInput
+from atoll.errors import AtollError, InvalidInput, TimedOut
 from atoll.model.requests import SetRequest
 from atoll.model.spec import VmSpec
 from atoll.model.state import Phase
 from atoll.model.units import format_size
 from atoll.model.vm import Change, Vm
-from atoll.operations import disk, observe, resolve
+from atoll.operations import disk, guest_setup, observe, resolve
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
 from atoll.operations.services import Services
 from atoll.qemu import devices
+from atoll.qemu.monitor import Monitor
+
+
+ANSWER_TIME = 5.0
+"""Seconds that a guest has to deal with a CPU that is plugged in."""
 
 
 class ConfigureRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,23 +88,29 @@ def _changed(spec: VmSpec, request: SetRequest) -> VmSpec:
     return replace(changed, addresses=devices.assign_addresses(changed))
 
 
-def _told(before: VmSpec, after: VmSpec, live: dict[str, str]) -> list[Change]:
+SETTINGS: dict[str, Callable[[VmSpec], str | int]] = {
+    "cpus": lambda spec: spec.cpu.count,
+    "max-cpus": lambda spec: spec.cpu.maximum,
+    "cpu-model": lambda spec: spec.cpu.model,
+    "memory": lambda spec: spec.memory,
+    "display": lambda spec: spec.display,
+    "accelerator": lambda spec: spec.accelerator,
+    "agent": lambda spec: str(spec.guest.agent).lower(),
+    "cmdline": lambda spec: spec.boot.cmdline,
+}
+
+
+def _told(before: VmSpec, after: VmSpec, *, running: VmSpec | None, live: dict[str, str]) -> list[Change]:
     """A `Change` for each setting that differs. `live` has what was tried live: nothing if done, else why not."""
-    values = {
-        "cpus": (before.cpu.count, after.cpu.count, str(after.cpu.count)),
-        "max-cpus": (before.cpu.maximum, after.cpu.maximum, str(after.cpu.maximum)),
-        "cpu-model": (before.cpu.model, after.cpu.model, after.cpu.model),
-        "memory": (before.memory, after.memory, format_size(after.memory)),
-        "display": (before.display, after.display, after.display),
-        "accelerator": (before.accelerator, after.accelerator, after.accelerator),
-        "agent": (before.guest.agent, after.guest.agent, str(after.guest.agent).lower()),
-        "cmdline": (before.boot.cmdline, after.boot.cmdline, after.boot.cmdline),
-    }
     changes = []
-    for name, (old, new, value) in values.items():
-        if old != new:
-            why = "" if name == "agent" else live.get(name, live.get("*", "it can't change while the guest runs"))
-            changes.append(Change(name=name, value=value, when="next-start" if why else "now", why=why))
+    for name, of in SETTINGS.items():
+        if of(before) == of(after):
+            continue
+        why = "" if name == "agent" else live.get(name, "it can't change while the guest runs")
+        if running is None or (name not in live and of(running) == of(after)):
+            why = ""
+        value = format_size(after.memory) if name == "memory" else str(of(after))
+        changes.append(Change(name=name, value=value, when="next-start" if why else "now", why=why))
     return changes
 
 
@@ -112,18 +124,18 @@ async def _apply(context: Context[ConfigureRequest]) -> None:
     spec = _changed(vm.pending or vm.spec, context.request.change)
     phase = observe.phase_of(context.services, vm)
     if phase not in (Phase.RUNNING, Phase.PAUSED):
-        context.notes["live"] = {"*": ""}
+        context.notes["live"] = {}
         return
     live: dict[str, str] = {}
     async with control(context.services, vm) as monitor:
         if spec.cpu.count != vm.spec.cpu.count:
-            live["cpus"] = await _add_cpus(monitor, vm.spec, spec.cpu.count)
+            live["cpus"] = await _add_cpus(monitor, vm.spec, spec.cpu.count) or await _unused_cpus(context, spec)
         if spec.memory != vm.spec.memory or vm.pending is not None:
             live["memory"] = await _move_balloon(monitor, vm.spec.memory, spec.memory)
     context.notes["live"] = live
 
 
-async def _add_cpus(monitor: Any, running: VmSpec, count: int) -> str:
+async def _add_cpus(monitor: Monitor, running: VmSpec, count: int) -> str:
     """Plug CPUs in until `count` are there. Returns why it couldn't, or nothing."""
     if running.machine != "q35":
         return f"the machine '{running.machine}' takes no CPUs while it runs"
@@ -134,13 +146,33 @@ async def _add_cpus(monitor: Any, running: VmSpec, count: int) -> str:
     if count < len(present):
         return "a running guest keeps its CPUs"
     free = sorted((slot for slot in slots if "qom-path" not in slot), key=lambda slot: sorted(slot["props"].items()))
-    for slot in free[: count - len(present)]:
-        where = "-".join(str(value) for _, value in sorted(slot["props"].items()))
-        await monitor.execute("device_add", {"driver": slot["type"], "id": f"cpu-{where}"} | slot["props"])
+    async with monitor.events(["ACPI_DEVICE_OST"]) as answers:
+        for slot in free[: count - len(present)]:
+            where = "-".join(str(value) for _, value in sorted(slot["props"].items()))
+            await monitor.execute("device_add", {"driver": slot["type"], "id": f"cpu-{where}"} | slot["props"])
+            with contextlib.suppress(TimedOut):
+                await answers.next(timeout=ANSWER_TIME)
     return ""
 
 
-async def _move_balloon(monitor: Any, most: int, size: int) -> str:
+async def _unused_cpus(context: Context[ConfigureRequest], spec: VmSpec) -> str:
+    """Why the guest doesn't use the CPUs that were plugged in; nothing if it does, or nobody can be asked.
+
+    A guest answers the plugging (ACPI _OST) in the same way whether it took the CPU or not, so its agent is asked, which
+    also puts them to use: not every distribution has a udev rule for it.
+    Linux ignores CPUs that are added to what it takes for real hardware, and that is what emulation looks like to it
+    (`acpi_is_processor_usable` in arch/x86/kernel/acpi/boot.c, in its stable releases since 2025).
+    """
+    if not spec.guest.agent:
+        return ""
+    try:
+        count = await guest_setup.use_cpus(context.services.layout.vm(context.subject), timeout=ANSWER_TIME)
+    except AtollError:
+        return ""
+    return "" if count >= spec.cpu.count else "the guest's kernel didn't take them while it runs"
+
+
+async def _move_balloon(monitor: Monitor, most: int, size: int) -> str:
     if size > most:
         return f"it was started with {format_size(most)}"
     try:
@@ -162,10 +194,10 @@ async def _unapply(context: Context[ConfigureRequest]) -> None:
 async def _record(context: Context[ConfigureRequest]) -> None:
     vm, change, live = context.vm, context.request.change, context.notes["live"]
     wanted, labels = _changed(vm.pending or vm.spec, change), _changed_labels(vm.labels, change)
-    told = [*_told(vm.pending or vm.spec, wanted, live), *_told_labels(vm.labels, labels)]
+    running = vm.spec if observe.phase_of(context.services, vm) is not Phase.STOPPED else None
+    told = [*_told(vm.pending or vm.spec, wanted, running=running, live=live), *_told_labels(vm.labels, labels)]
     context.notes["changes"] = msgspec.to_builtins(told)
-    running = observe.phase_of(context.services, vm) is not Phase.STOPPED
-    if not running:
+    if running is None:
         changed = replace(vm, spec=wanted, pending=None, labels=labels)
     else:
         spec = vm.spec

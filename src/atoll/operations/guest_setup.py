@@ -39,3 +39,13 @@ async def interfaces(paths: VmPaths, timeout: float = 10, *, name: str = "the gu
     """The guest's network interfaces with addresses and statistics, as the agent tells them. Raises `GuestFailed`."""
     async with exchange(paths, name, timeout=timeout) as agent:
         return await agent.interfaces()
+
+
+async def use_cpus(paths: VmPaths, timeout: float = 10, *, name: str = "the guest") -> int:
+    """Let the guest use every processor that its kernel knows of; returns how many. Raises `GuestFailed`."""
+    async with exchange(paths, name, timeout=timeout) as agent:
+        cpus = await agent.call("guest-get-vcpus")
+        idle = [{"logical-id": cpu["logical-id"], "online": True} for cpu in cpus if not cpu["online"]]
+        if idle:
+            await agent.call("guest-set-vcpus", vcpus=idle)
+        return len(cpus)

@@ -127,9 +127,13 @@ def record_end(services: Services, vm: Vm) -> Vm:
 
 def evidence(vm: Vm, paths: VmPaths) -> Exit:
     """How the last run ended, from the log of events, QEMU's own words, and the host's boot; and the guest's words."""
-    lines = ANSI.sub("", _tail(paths.serial_log)).replace("\0", "").splitlines()
-    said = "\n".join([line.rstrip() for line in lines if line.strip()][-LAST_LINES:])
-    return replace(_end_of_run(vm, paths), last_lines=said)
+    lines = [line.rstrip() for line in _tail(paths.serial_log).splitlines() if line.strip()]
+    end = _end_of_run(vm, paths)
+    first = -LAST_LINES
+    if end.reason == "guest-panic":
+        # Linux tells why first, and then a page of registers.
+        first = next((number for number, line in enumerate(lines) if "Kernel panic" in line), first)
+    return replace(end, last_lines="\n".join(lines[first:][:LAST_LINES]))
 
 
 def _end_of_run(vm: Vm, paths: VmPaths) -> Exit:
@@ -183,14 +187,15 @@ def last_words(paths: VmPaths, lines: int = 3) -> str:
 
 
 def tail_text(path: Path, lines: int) -> str:
-    """The last lines of a log, joined by `; `; empty when there is none."""
+    """The last lines of a log, joined by `; `, fit for a terminal; empty when there is none."""
     return "; ".join(line.strip() for line in _tail(path).splitlines()[-lines:] if line.strip())
 
 
 def _tail(path: Path) -> str:
+    """The last 4 KiB, without escape sequences: what a guest wrote mustn't steer the reader's terminal."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))
-            return file.read().decode(errors="replace")
+            return ANSI.sub("", file.read().decode(errors="replace")).replace("\0", "")
     except OSError:
         return ""
