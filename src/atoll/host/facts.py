@@ -207,6 +207,18 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def thread_ran(pid: int, thread: int) -> float | None:
+    """Seconds that a thread has had a processor for; None while it waits for something, or is gone."""
+    folder = PROC / f"{pid}/task/{thread}"
+    try:
+        # The state stands behind the name, which may have any characters in it.
+        if (folder / "stat").read_text().rpartition(") ")[2][0] != "R":
+            return None
+        return int((folder / "schedstat").read_text().split()[0]) / 1e9
+    except OSError:
+        return None
+
+
 def memory_resident(pid: int) -> int:
     """Bytes of a process that are in memory; 0 when it is gone."""
     try:
