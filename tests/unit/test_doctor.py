@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from atoll.errors import RecordsFailed
-from atoll.host.doctor import Check, _lists_user, examine
+from atoll.host.checks import Check
 from atoll.layout import Layout, find
+from atoll.operations.doctor import _lists_user, examine
+from atoll.operations.services import Services
+from atoll.qemu import probe
 
 
 @pytest.fixture
@@ -18,16 +20,21 @@ def layout(tmp_path: Path) -> Layout:
 
 
 async def examined(layout: Layout) -> dict[str, Check]:
-    return {check.name: check for check in await examine(layout)}
-
-
-async def test_each_check_has_a_name_of_its_own_and_each_bad_one_a_meaning_and_a_remedy(layout: Layout) -> None:
-    checks = await examine(layout, read_records=lambda: "no VMs yet")
+    services = Services(layout)
+    try:
+        checks = await examine(services)
+    finally:
+        services.close()
     assert len({check.name for check in checks}) == len(checks)
-    for check in checks:
+    return {check.name: check for check in checks}
+
+
+async def test_each_check_says_something_and_each_bad_one_its_meaning_and_a_remedy(layout: Layout) -> None:
+    checks = await examined(layout)
+    for check in checks.values():
         assert check.found
         assert check.ok == "ok" or (check.meaning and check.remedy), check
-    assert next(check.found for check in checks if check.name == "Records") == "no VMs yet"
+    assert checks["Records"].found == "0 VMs"
 
 
 async def test_a_machine_without_qemu_is_told_what_to_install(
@@ -43,13 +50,29 @@ async def test_a_machine_without_qemu_is_told_what_to_install(
     assert checks["newuidmap"].remedy == "sudo apt-get install uidmap"
 
 
-async def test_a_qemu_that_is_too_old_is_told(layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = tmp_path / "qemu-system-x86_64"
-    old.write_text("#!/bin/sh\necho 'QEMU emulator version 7.2.17 (Debian 1:7.2+dfsg-7)'\n")
-    old.chmod(0o755)
+async def test_a_qemu_that_is_too_old_is_told(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "OLDEST", (99, 2, 0))
+    check = (await examined(layout))["QEMU for x86_64"]
+    assert check.ok == "failed"
+    assert "is version " in check.found
+    assert check.meaning == "Atoll needs 99.2 or newer"
+
+
+async def test_what_is_no_qemu_is_told(layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "qemu-system-x86_64"
+    broken.write_text("#!/bin/sh\necho 'a library is missing' >&2\nexit 127\n")
+    broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     check = (await examined(layout))["QEMU for x86_64"]
-    assert (check.ok, check.found, check.meaning) == ("failed", "version 7.2.17", "Atoll needs QEMU 8.2 or newer")
+    assert check.ok == "failed"
+    assert "a library is missing" in check.found
+
+
+async def test_the_firmware_is_the_one_that_a_vm_would_get(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await examined(layout))["UEFI for x86_64"].found.endswith("OVMF_CODE_4M.fd")
+    monkeypatch.setattr("atoll.qemu.firmware.folders", list)
+    check = (await examined(layout))["UEFI for x86_64"]
+    assert (check.ok, check.remedy) == ("warning", "sudo apt-get install ovmf")
 
 
 async def test_a_mke2fs_without_archives_is_found_by_trying_it(
@@ -75,11 +98,11 @@ async def test_a_folder_that_can_not_be_made_is_a_failure_with_a_way_out(layout:
 
 
 async def test_records_that_can_not_be_read_are_a_failure(layout: Layout) -> None:
-    def read() -> str:
-        raise RecordsFailed("the database is damaged", "malformed", "Restore it from a copy.")
-
-    checks = await examine(layout, read_records=read)
-    assert ("failed", "Restore it from a copy.") in [(c.ok, c.remedy) for c in checks if c.name == "Records"]
+    layout.data.mkdir(parents=True)
+    layout.database.write_bytes(b"no database at all" * 100)
+    check = (await examined(layout))["Records"]
+    assert check.ok == "failed"
+    assert str(layout.database) in check.found
 
 
 def test_subordinate_ids_count_by_name_or_number_and_only_when_there_are_enough(tmp_path: Path) -> None:

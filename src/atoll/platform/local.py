@@ -14,7 +14,7 @@ from atoll.platform.local_parts import LocalImages, LocalOperations
 from atoll.platform.local_vm import LocalVm
 
 if TYPE_CHECKING:
-    from atoll.host.doctor import Check
+    from atoll.host.checks import Check
 
 # Operations are imported where they are used: `atoll ls` shall not pay for QMP, HTTP or asyncio.
 
@@ -139,9 +139,9 @@ class LocalHost:
 
     async def doctor(self) -> "list[Check]":
         """Each check of this computer, with the command that mends it."""
-        from atoll.host.doctor import examine
+        from atoll.operations.doctor import examine
 
-        return await examine(self.layout)
+        return await examine(self._services)
 
 
 def connect_local(layout: Layout | None = None) -> LocalHost:

@@ -4,41 +4,36 @@ import asyncio
 import io
 import os
 import pwd
-import re
 import tarfile
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from atoll.errors import AtollError, MissingTool, from_os_error
+from atoll.errors import AtollError, MissingTool, Unsupported, from_os_error
 from atoll.host import accelerator, facts, process
 from atoll.host.checks import Check, kernel_features, resources
 from atoll.host.files import make_folder
 from atoll.layout import Layout
 from atoll.model.spec import Arch
+from atoll.operations.services import Services
+from atoll.qemu import firmware, probe
 
-__all__ = ["Check", "examine"]
-
-OLDEST_QEMU = (8, 2)
 FIRMWARE_PACKAGES: dict[Arch, str] = {"x86_64": "ovmf", "aarch64": "qemu-efi-aarch64", "riscv64": "qemu-efi-riscv64"}
 
 
-async def examine(layout: Layout, *, read_records: Callable[[], str] | None = None) -> list[Check]:
-    """All checks, in the order in which a reader should mend them. Takes about a second; raises nothing.
-
-    `read_records` opens the records and tells what it found, since they are none of this layer's business.
-    """
-    engines = await asyncio.gather(*(_engine(arch) for arch in get_args(Arch)))
+async def examine(services: Services) -> list[Check]:
+    """All checks, in the order in which a reader should mend them. Takes about a second; raises nothing."""
+    layout = services.layout
+    engines = await asyncio.gather(*(_engine(services, arch) for arch in get_args(Arch)))
     return [
         *engines,
         *await _accelerators(layout),
-        *(_firmware(arch) for arch in get_args(Arch)),
+        *[await _firmware(services, arch) for arch in get_args(Arch)],
         *_tools(),
         await _archive_reader(),
         _sub_ids(),
         *_folders(layout),
-        *_records(layout, read_records),
+        _records(services),
         *resources(layout),
         *kernel_features(),
     ]
@@ -48,28 +43,20 @@ def _install(package: str) -> str:
     return f"sudo apt-get install {package}"
 
 
-async def _engine(arch: Arch) -> Check:
-    name, program = f"QEMU for {arch}", f"qemu-system-{arch}"
+async def _engine(services: Services, arch: Arch) -> Check:
+    name, program = f"QEMU for {arch}", probe.BINARIES[arch]
     vital = arch == facts.architecture()
     meaning = f"{arch} guests can't run"
     try:
-        said = (await process.run([program, "--version"])).text
+        caps = await services.capabilities(arch)
     except MissingTool:
         remedy = _install(process.PACKAGES[program])
         return Check(name=name, ok=_bad(vital), found="not installed", meaning=meaning, remedy=remedy)
+    except Unsupported as error:
+        return Check(name=name, ok=_bad(vital), found=error.what, meaning=error.why, remedy=error.next_step)
     except (AtollError, OSError) as error:
         return Check(name=name, ok=_bad(vital), found=str(error), meaning=meaning, remedy=_reinstall(program))
-    version = re.search(r"version (\d+)\.(\d+)\S*", said)
-    if version is None or (int(version[1]), int(version[2])) < OLDEST_QEMU:
-        wanted = ".".join(map(str, OLDEST_QEMU))
-        return Check(
-            name=name,
-            ok=_bad(vital),
-            found=version[0] if version else said.strip()[:80],
-            meaning=f"Atoll needs QEMU {wanted} or newer",
-            remedy="./dev setup (Debian 12 has a newer one in its backports suite)",
-        )
-    return Check(name=name, ok="ok", found=f"{process.find(program)}, {version[0]}")
+    return Check(name=name, ok="ok", found=f"{caps.binary}, version {caps.version_text}")
 
 
 def _bad(vital: bool) -> Literal["warning", "failed"]:
@@ -121,17 +108,19 @@ def _user_name() -> str:
         return str(os.getuid())
 
 
-def _firmware(arch: Arch) -> Check:
-    # QEMU's docs/interop/firmware.json: descriptor files, the user's own before the administrator's and the system's.
-    name, pattern = f"UEFI for {arch}", re.compile(rf'"architecture"\s*:\s*"{arch}"')
-    own = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    for folder in (own / "qemu/firmware", Path("/etc/qemu/firmware"), Path("/usr/share/qemu/firmware")):
-        for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-            if pattern.search(file.read_text(errors="replace")):
-                return Check(name=name, ok="ok", found=str(file))
-    meaning = f"{arch} guests boot from a kernel given directly" + (" or by BIOS" if arch == "x86_64" else "") + " only"
-    remedy = _install(FIRMWARE_PACKAGES[arch]) + (" (Debian 13 and newer)" if arch == "riscv64" else "")
-    return Check(name=name, ok="warning", found="no descriptor names one", meaning=meaning, remedy=remedy)
+async def _firmware(services: Services, arch: Arch) -> Check:
+    name = f"UEFI for {arch}"
+    try:
+        machines = (await services.capabilities(arch)).machines
+        machine_type = machines["q35" if arch == "x86_64" else "virt"]
+        found = firmware.choose(firmware.read_descriptors(firmware.folders()), arch=arch, machine_type=machine_type)
+    except (AtollError, OSError) as error:
+        why = error.why if isinstance(error, AtollError) else str(error)
+        others = " or by BIOS" if arch == "x86_64" else ""
+        meaning = f"{arch} guests boot from a kernel given directly{others} only"
+        remedy = _install(FIRMWARE_PACKAGES[arch]) + (" (Debian 13 and newer)" if arch == "riscv64" else "")
+        return Check(name=name, ok="warning", found=why or str(error), meaning=meaning, remedy=remedy)
+    return Check(name=name, ok="ok", found=found.code)
 
 
 def _tool(program: str, purpose: str, *, vital: bool = False) -> Check:
@@ -233,11 +222,10 @@ def _folder(name: str, path: Path, variable: str) -> Check:
     return Check(name=name, ok="failed", found=found, meaning="Atoll has no place for its things", remedy=remedy)
 
 
-def _records(layout: Layout, read_records: Callable[[], str] | None) -> list[Check]:
-    if read_records is None:
-        return []
+def _records(services: Services) -> Check:
     try:
-        return [Check(name="Records", ok="ok", found=read_records())]
+        count = len(services.records.vms())
     except AtollError as error:
-        meaning = f"VMs and images are known by {layout.database} only"
-        return [Check(name="Records", ok="failed", found=str(error), meaning=meaning, remedy=error.next_step)]
+        meaning = f"VMs and images are known by {services.layout.database} only"
+        return Check(name="Records", ok="failed", found=str(error), meaning=meaning, remedy=error.next_step)
+    return Check(name="Records", ok="ok", found=f"{count} VMs")
