@@ -157,8 +157,8 @@ async def _add_cpus(monitor: Monitor, running: VmSpec, count: int) -> str:
 async def _unused_cpus(context: Context[ConfigureRequest], spec: VmSpec) -> str:
     """Why the guest doesn't use the CPUs that were plugged in; nothing if it does, or nobody can be asked.
 
-    A guest answers the plugging (ACPI _OST) in the same way whether it took the CPU or not. So its agent is asked, which
-    also puts them to use: not every distribution has a udev rule for that.
+    A guest answers the plugging (ACPI _OST) in the same way whether it took the CPU or not; so its agent is asked, and
+    puts them to use: not every distribution has a udev rule for that.
     Linux ignores CPUs that are added to what it takes for real hardware, and that is what emulation looks like to it
     (`acpi_is_processor_usable` in arch/x86/kernel/acpi/boot.c, in its stable releases since 2025).
     """
