@@ -17,6 +17,7 @@ from atoll.errors import AlreadyExists, NotFound, RecordsFailed, from_os_error
 from atoll.model.image import Image, Layer
 from atoll.model.operation import Operation
 from atoll.model.vm import Event, Vm
+from atoll.store.failures import told
 from atoll.store.schema import MIGRATIONS
 
 WAIT_FOR_WRITERS = 60.0
@@ -28,6 +29,7 @@ _vm = msgspec.json.Decoder(Vm)
 _image = msgspec.json.Decoder(Image)
 _layer = msgspec.json.Decoder(Layer)
 _operation = msgspec.json.Decoder(Operation)
+_event_data = msgspec.json.Decoder(dict[str, Any])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -42,13 +44,17 @@ class SqliteRecords:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise from_os_error(error, f"make the folder {path.parent}") from error
-        with self._told():
+        with told(self._path):
             self._connection = sqlite3.connect(
                 path, timeout=WAIT_FOR_WRITERS, isolation_level=None, check_same_thread=False
             )
-            self._connection.execute("PRAGMA foreign_keys = ON")
-            self._connection.execute("PRAGMA synchronous = FULL")
-            self._migrate()
+            try:
+                self._connection.execute("PRAGMA foreign_keys = ON")
+                self._connection.execute("PRAGMA synchronous = FULL")
+                self._migrate()
+            except BaseException:
+                self._connection.close()
+                raise
 
     def close(self) -> None:
         self._connection.close()
@@ -56,15 +62,10 @@ class SqliteRecords:
     def _migrate(self) -> None:
         if self._version() == len(MIGRATIONS):
             return
+        # Setting the mode writes, so it comes after the first look; the second one sees what others did meanwhile.
         self._connection.execute("PRAGMA journal_mode = WAL")
         with self._transaction() as db:
             version = self._version()
-            if version > len(MIGRATIONS):
-                raise RecordsFailed(
-                    f"{self._path} is of a newer Atoll",
-                    f"its schema is number {version}, this Atoll knows up to {len(MIGRATIONS)}",
-                    "Upgrade with `pip install --upgrade atoll`.",
-                )
             for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
                 for statement in script.split(";"):
                     if statement.strip():
@@ -72,67 +73,46 @@ class SqliteRecords:
                 db.execute(f"PRAGMA user_version = {number}")
 
     def _version(self) -> int:
-        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """SQLite's errors as the user should read them."""
-        try:
-            yield
-        except msgspec.DecodeError as error:
+        """The number of the database's schema. Raises `RecordsFailed` for one that only a newer Atoll knows."""
+        version = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+        if version > len(MIGRATIONS):
             raise RecordsFailed(
-                f"a record in {self._path} can't be read",
-                str(error),
-                "It may be of a newer Atoll: upgrade, or restore a backup of that file.",
-            ) from error
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.DatabaseError as error:
-            raise self._database_error(error) from error
-
-    def _database_error(self, error: sqlite3.DatabaseError) -> RecordsFailed:
-        name = getattr(error, "sqlite_errorname", "")
-        if name == "SQLITE_FULL":
-            why, next_step = "the disk is full", "Free some space (`atoll image prune`), then try again."
-        elif name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-            why, next_step = f"it can't be written ({error})", "Check that folder's owner and mode, or set ATOLL_HOME."
-        elif name.startswith("SQLITE_BUSY"):
-            why, next_step = "another process kept it locked", "Try again; `atoll operation ls` shows what runs."
-        else:
-            why = f"it is damaged ({error})"
-            next_step = (
-                f"Recover it with `sqlite3 {self._path} .recover`, or move it away: disks and images stay on disk."
+                f"{self._path} is of a newer Atoll",
+                f"its schema is number {version}, this Atoll knows up to {len(MIGRATIONS)}",
+                "Upgrade with `pip install --upgrade atoll`.",
             )
-        return RecordsFailed(f"the records in {self._path} can't be used", why, next_step)
+        return version
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._told():
+        with told(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                # After some errors, a full disk for one, SQLite has rolled back already.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
-        with self._told():
+        with told(self._path):
             return self._connection.execute(query, values).fetchall()
 
     # VMs
 
     def vms(self) -> list[Vm]:
-        with self._told():
+        with told(self._path):
             return [_vm.decode(row[0]) for row in self._rows("SELECT record FROM vms ORDER BY created_at, id")]
 
     def vm(self, vm_id: str) -> Vm | None:
-        with self._told():
+        with told(self._path):
             rows = self._rows("SELECT record FROM vms WHERE id = ?", vm_id)
             return _vm.decode(rows[0][0]) if rows else None
 
     def throwaways(self) -> list[Vm]:
-        with self._told():
+        with told(self._path):
             return [_vm.decode(row[0]) for row in self._rows("SELECT record FROM vms WHERE throwaway")]
 
     def add_vm(self, vm: Vm) -> None:
@@ -143,7 +123,8 @@ class SqliteRecords:
 
     def put_vm(self, vm: Vm) -> None:
         with self._clashes_told(vm), self._transaction() as db:
-            updated = db.execute("UPDATE vms SET name = ?, record = ? WHERE id = ?", (vm.name, _encode(vm), vm.id))
+            row = (vm.name, vm.remove_when_stopped, _encode(vm), vm.id)
+            updated = db.execute("UPDATE vms SET name = ?, throwaway = ?, record = ? WHERE id = ?", row)
             if updated.rowcount == 0:
                 raise NotFound(f"the VM '{vm.name}' is gone", "another process removed it")
             db.execute("DELETE FROM ports WHERE vm_id = ?", (vm.id,))
@@ -159,14 +140,18 @@ class SqliteRecords:
         for port in ports:
             # 0.0.0.0 takes the port on every address, so it clashes with each of them.
             holder = db.execute(
-                "SELECT vms.name FROM ports JOIN vms ON vms.id = vm_id WHERE host_port = ? AND protocol = ?"
+                "SELECT vms.id, vms.name FROM ports JOIN vms ON vms.id = vm_id WHERE host_port = ? AND protocol = ?"
                 " AND (host_address = ? OR host_address = '0.0.0.0' OR ? = '0.0.0.0')",
                 (port.host_port, port.protocol, port.host_address, port.host_address),
             ).fetchone()
+            if holder and holder[0] == vm.id:
+                raise AlreadyExists(
+                    f"{vm.name}: port {port.host_port} is published twice", next_step="Publish it once."
+                )
             if holder:
                 raise AlreadyExists(
-                    f"{vm.name}: port {port.host_port} is taken by '{holder[0]}'",
-                    next_step=f"Choose another with -p, or `atoll port rm {holder[0]} {port.host_port}`.",
+                    f"{vm.name}: port {port.host_port} is taken by '{holder[1]}'",
+                    next_step=f"Choose another with -p, or `atoll port rm {holder[1]} {port.host_port}`.",
                 )
             db.execute(
                 "INSERT INTO ports VALUES (?, ?, ?, ?)", (vm.id, port.host_address, port.host_port, port.protocol)
@@ -184,11 +169,11 @@ class SqliteRecords:
     # Images and layers
 
     def images(self) -> list[Image]:
-        with self._told():
+        with told(self._path):
             return [_image.decode(row[0]) for row in self._rows("SELECT record FROM images ORDER BY created_at, id")]
 
     def image(self, image_id: str) -> Image | None:
-        with self._told():
+        with told(self._path):
             rows = self._rows("SELECT record FROM images WHERE id = ?", image_id)
             return _image.decode(rows[0][0]) if rows else None
 
@@ -230,11 +215,11 @@ class SqliteRecords:
             db.execute("DELETE FROM images WHERE id = ?", (image_id,))
 
     def layers(self) -> list[Layer]:
-        with self._told():
+        with told(self._path):
             return [_layer.decode(row[0]) for row in self._rows("SELECT record FROM layers ORDER BY id")]
 
     def layer(self, layer_id: str) -> Layer | None:
-        with self._told():
+        with told(self._path):
             rows = self._rows("SELECT record FROM layers WHERE id = ?", layer_id)
             return _layer.decode(rows[0][0]) if rows else None
 
@@ -246,26 +231,26 @@ class SqliteRecords:
 
     def operations(self, *, unfinished: bool = False, limit: int = 200) -> list[Operation]:
         where = "WHERE state IN ('running', 'undoing', 'stuck')" if unfinished else ""
-        with self._told():
+        with told(self._path):
             rows = self._rows(f"SELECT record FROM operations {where} ORDER BY created_at DESC, id LIMIT ?", limit)
             return [_operation.decode(row[0]) for row in rows]
 
     def operation(self, operation_id: str) -> Operation | None:
-        with self._told():
+        with told(self._path):
             rows = self._rows("SELECT record FROM operations WHERE id = ?", operation_id)
             return _operation.decode(rows[0][0]) if rows else None
 
     def put_operation(self, operation: Operation) -> None:
         with self._transaction() as db:
             row = db.execute("SELECT record FROM operations WHERE id = ?", (operation.id,)).fetchone()
-            if row is None:
-                self._forget_old(db)
-            elif _operation.decode(row[0]).cancel_requested:
+            if row is not None and _operation.decode(row[0]).cancel_requested:
                 operation = msgspec.structs.replace(operation, cancel_requested=True)
             db.execute(
                 "INSERT OR REPLACE INTO operations VALUES (?, ?, ?, ?, ?)",
                 (operation.id, operation.subject, operation.state, operation.created_at, _encode(operation)),
             )
+            if row is None:
+                self._forget_old(db)
 
     def request_cancel(self, operation_id: str) -> None:
         with self._transaction() as db:
@@ -281,7 +266,7 @@ class SqliteRecords:
         db.execute(
             "DELETE FROM operations WHERE state IN ('done', 'undone') AND created_at <"
             " (SELECT created_at FROM operations ORDER BY created_at DESC LIMIT 1 OFFSET ?)",
-            (KEPT_OPERATIONS,),
+            (KEPT_OPERATIONS - 1,),
         )
 
     # Events
@@ -304,10 +289,11 @@ class SqliteRecords:
         rows = self._rows(
             "SELECT id, at, kind, vm_id, name, data FROM events WHERE id > ? ORDER BY id LIMIT ?", after, limit
         )
-        return [
-            Event(id=number, at=at, kind=kind, vm_id=vm_id, name=name, data=msgspec.json.decode(data))
-            for number, at, kind, vm_id, name, data in rows
-        ]
+        with told(self._path):
+            return [
+                Event(id=number, at=at, kind=kind, vm_id=vm_id, name=name, data=_event_data.decode(data))
+                for number, at, kind, vm_id, name, data in rows
+            ]
 
     def last_event(self) -> int:
         return int(self._rows("SELECT coalesce(max(id), 0) FROM events")[0][0])
