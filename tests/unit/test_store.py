@@ -1,4 +1,4 @@
-"""Records in real SQLite files: upgrades, clashes, several processes at once, and files that are damaged.
+"""Records in real SQLite files: upgrades, clashes, what moves and what is forgotten.
 
 Each schema version has a dump of a database that was made at it: golden/records-N.sql. After a new migration make the
 next one with `ATOLL_UPDATE_GOLDEN=1 .venv/bin/pytest tests/unit/test_store.py`; those of shipped versions stay.
@@ -7,85 +7,24 @@ next one with `ATOLL_UPDATE_GOLDEN=1 .venv/bin/pytest tests/unit/test_store.py`;
 import contextlib
 import os
 import re
-import signal
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from tests.helpers.tool import ROOT
+from tests.helpers.records import IMAGE, LAYER, OPERATION, WEB, image, opened, operation, put_everything, sql, vm
 
 from atoll.errors import AlreadyExists, NotFound, RecordsFailed
-from atoll.model.image import Image, ImageDisk, Layer
-from atoll.model.operation import Operation, Owner, StepRecord
-from atoll.model.spec import BootSpec, CpuSpec, DiskSpec, GuestSpec, NicSpec, PortSpec, SeedSpec, VmSpec
-from atoll.model.units import GIB
-from atoll.model.vm import Event, Exit, Run, Vm
+from atoll.model.operation import StepRecord
+from atoll.model.spec import PortSpec
+from atoll.model.vm import Event
 from atoll.store import sqlite
 from atoll.store.schema import MIGRATIONS
 from atoll.store.sqlite import SqliteRecords
 
 GOLDEN = Path(__file__).parent / "golden"
 NEWEST = len(MIGRATIONS)
-
-LAYER = Layer(id="base", virtual_size=GIB, file_size=4096, sha256="d" * 64)
-IMAGE = Image(
-    id="1" * 32,
-    name="debian:13",
-    arch="x86_64",
-    created_at=1000.5,
-    source="build",
-    sha256="e" * 64,
-    disks=(ImageDisk(name="root", size=GIB, layer="base"),),
-    firmwares=("kernel", "uefi"),
-    firmware="kernel",
-    kernel="a" * 64,
-    cmdline="quiet",
-    guest=GuestSpec(agent=True, seed="nocloud"),
-    tags=("debian:latest",),
-    labels={"recipe": "debian:13"},
-)
-SPEC = VmSpec(
-    machine_type="pc-q35-10.0",
-    cpu=CpuSpec(count=2, maximum=4),
-    boot=BootSpec(firmware="kernel", kernel="a" * 64, cmdline="quiet"),
-    disks=(DiskSpec(name="root", size=GIB, layer="base"), DiskSpec(name="cd0", size=1, blob="f" * 64, media="cdrom")),
-    nics=(NicSpec(name="net0", mac="52:54:00:00:00:01", ports=(PortSpec(host_port=8080, guest_port=80),)),),
-    seed=SeedSpec(user="me", ssh_keys=("ssh-ed25519 AAAA",)),
-    addresses={"disk-root": "0x3"},
-)
-WEB = Vm(
-    id="2" * 32,
-    name="web",
-    image="debian:13",
-    created_at=2000.25,
-    spec=SPEC,
-    pending=replace(SPEC, memory=2 * GIB),
-    run=Run(
-        pid=7, start_time=9, boot_id="boot", started_at=2001, accelerator="tcg", qemu_version="10.0.2", start_count=3
-    ),
-    last_exit=Exit(at=1999, reason="guest-shutdown", detail="the guest powered itself off", last_lines="bye\n日本"),
-    seeded=True,
-    labels={"team": "größe 🐧"},
-    remove_when_stopped=True,
-)
-OPERATION = Operation(
-    id="3" * 32,
-    verb="stop",
-    subject=WEB.id,
-    subject_name="web",
-    request={"vm_id": WEB.id, "timeout": 1.5},
-    state="stuck",
-    owner=Owner(pid=7, start_time=9, boot_id="boot"),
-    created_at=2002,
-    steps=(StepRecord(name="ask", state="done"), StepRecord(name="wait", state="undo-failed", error="no answer")),
-    notes={"asked": ["agent"]},
-    error="no answer",
-    cancel_requested=True,
-)
 
 
 @pytest.fixture
@@ -99,46 +38,12 @@ def records(path: Path) -> Iterator[SqliteRecords]:
         yield records
 
 
-def opened(path: Path) -> "contextlib.closing[SqliteRecords]":
-    return contextlib.closing(SqliteRecords(path))
-
-
-def vm(name: str, *ports: PortSpec | int) -> Vm:
-    """A small VM; its id is its name."""
-    specs = tuple(p if isinstance(p, PortSpec) else PortSpec(host_port=p, guest_port=80) for p in ports)
-    nic = NicSpec(name="net0", mac="52:54:00:00:00:01", ports=specs)
-    return Vm(id=name, name=name, image="", created_at=0, spec=VmSpec(nics=(nic,)))
-
-
-def image(name: str, *tags: str) -> Image:
-    return Image(id=f"id-{name}", name=name, tags=tags, arch="x86_64", created_at=0, source="", sha256="")
-
-
-def operation(number: int, state: str = "done") -> Operation:
-    return replace(
-        OPERATION, id=f"{number:032x}", created_at=float(number), state=state, notes={}, cancel_requested=False
-    )
-
-
-def sql(path: Path, statement: str, *values: object) -> list[tuple[object, ...]]:
-    """Change or read the file without Atoll."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        return db.execute(statement, values).fetchall()
-
-
 # The schema
 
 
 def everything(records: SqliteRecords) -> tuple[object, ...]:
     events = [(event.kind, event.vm_id, event.name, event.data) for event in records.events()]
     return records.vms(), records.images(), records.layers(), records.operations(), events
-
-
-def put_everything(records: SqliteRecords) -> None:
-    records.add_image(IMAGE, [LAYER])
-    records.add_vm(WEB)
-    records.put_operation(OPERATION)
-    records.add_event("vm.created", vm_id=WEB.id, name="web", data={"image": "debian:13"})
 
 
 def dump_of_now(path: Path) -> str:
@@ -422,231 +327,3 @@ def test_an_event_is_read_as_it_was_added_and_wakes_its_followers(path: Path, tm
         records.put_operation(operation(1, "running"))
         records.request_cancel(operation(1).id)
         assert wake.stat().st_mtime_ns > changed
-
-
-# Several processes
-
-
-WRITER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from atoll.errors import AlreadyExists
-from tests.unit.test_store import SqliteRecords, image, operation, vm
-sys.stdin.readline()
-me, records = sys.argv[3], SqliteRecords(Path(sys.argv[2]))
-try:
-    records.add_vm(vm("everyones", 80))
-    print("mine")
-except AlreadyExists:
-    pass
-for number in range(1_000_000 if me == "endless" else 25):
-    name = f"{me}-{number}"
-    records.add_vm(vm(name))
-    records.add_event("tick", vm_id=name)
-    print(name, flush=True)
-"""
-
-
-def writer(path: Path, name: str) -> subprocess.Popen[str]:
-    """A process that writes from the moment that it is sent a line."""
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(ROOT), str(path), name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_processes_that_write_at_once_lose_nothing(path: Path) -> None:
-    writers = [writer(path, name) for name in "abcd"]
-    try:
-        for process in writers:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        told = [process.communicate(timeout=60)[0].splitlines() for process in writers]
-    finally:
-        for process in writers:
-            process.kill()
-            process.communicate()
-    names = {f"{name}-{number}" for name in "abcd" for number in range(25)}
-    assert sum(lines.count("mine") for lines in told) == 1
-    with opened(path) as records:
-        assert {found.id for found in records.vms()} == names | {"everyones"}
-        events = records.events()
-    assert {event.vm_id for event in events} == names
-    assert [event.id for event in events] == list(range(1, 101))
-
-
-def test_what_a_killed_process_had_written_is_there(path: Path) -> None:
-    process = writer(path, "endless")
-    try:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        told = [process.stdout.readline() for _ in range(20)]
-        process.send_signal(signal.SIGKILL)
-        told += process.stdout.readlines()
-    finally:
-        process.kill()
-        process.communicate()
-    with opened(path) as records:
-        assert {line.strip() for line in told if line.endswith("\n")} - {"mine"} <= {vm.id for vm in records.vms()}
-        records.add_vm(vm("after", 81))
-    assert sql(path, "PRAGMA integrity_check") == [("ok",)]
-
-
-# Files that can't be used
-
-
-def a_full_database(path: Path) -> None:
-    with opened(path) as records:
-        put_everything(records)
-        for number in range(200):
-            records.add_vm(vm(f"vm-{number}"))
-
-
-def spoil(path: Path, start: int, junk: bytes) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:start] + junk + content[start + len(junk) :])
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "no database": lambda path: path.write_text("name: web\n" * 100),
-    "a header that is spoilt": lambda path: spoil(path, 0, b"\xff" * 100),
-    "pages that are spoilt": lambda path: spoil(path, 4096, b"\xff" * (path.stat().st_size - 4096)),
-    "a file that was cut": cut,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_told_once_and_left_as_it_is(path: Path, damage: str) -> None:
-    a_full_database(path)
-    DAMAGES[damage](path)
-    content = path.read_bytes()
-    for use in (SqliteRecords.vms, SqliteRecords.images, lambda records: records.add_vm(vm("new"))):
-        with pytest.raises(RecordsFailed, match="it is damaged") as failed, opened(path) as records:
-            use(records)
-        assert str(path) in failed.value.what
-        assert ".recover" in failed.value.next_step
-    assert path.read_bytes() == content
-
-
-def test_a_folder_in_its_place_is_told(path: Path) -> None:
-    path.mkdir()
-    with pytest.raises(RecordsFailed, match="it is a folder") as failed:
-        SqliteRecords(path)
-    assert "Move it away" in failed.value.next_step
-    assert list(path.iterdir()) == []
-
-
-def test_a_schema_that_lacks_a_table_is_told(path: Path, records: SqliteRecords) -> None:
-    sql(path, "DROP TABLE events")
-    with pytest.raises(RecordsFailed, match="no such table: events"):
-        records.add_event("tick")
-    records.add_vm(vm("web"))
-
-
-JUNK = [b"", b"\xff\xfe", b'{"id": "cut', b'{"id": "\xff"}', b"[]", b'{"id": "x", "colour": "red"}']
-
-
-@pytest.mark.parametrize("junk", JUNK)
-@pytest.mark.parametrize(
-    ("table", "use"),
-    [
-        ("vms", SqliteRecords.vms),
-        ("vms", lambda records: records.vm(WEB.id)),
-        ("vms", SqliteRecords.throwaways),
-        ("images", SqliteRecords.images),
-        ("images", lambda records: records.put_image_names(IMAGE.id, ["x"])),
-        ("images", lambda records: records.add_image(image("new", "debian:13"), [])),
-        ("layers", SqliteRecords.layers),
-        ("layers", lambda records: records.layer("base")),
-        ("operations", SqliteRecords.operations),
-        ("operations", lambda records: records.put_operation(OPERATION)),
-        ("operations", lambda records: records.request_cancel(OPERATION.id)),
-    ],
-)  # fmt: skip
-def test_a_damaged_record_is_told_and_nothing_changes(
-    path: Path, records: SqliteRecords, table: str, use: Callable[[SqliteRecords], object], junk: bytes
-) -> None:
-    put_everything(records)
-    sql(path, f"UPDATE {table} SET record = ?", junk)
-    before = readable_names(path)
-    with pytest.raises(RecordsFailed, match=r"a record in .*atoll.db can't be read") as failed:
-        use(records)
-    assert "upgrade, or restore a backup" in failed.value.next_step
-    assert readable_names(path) == before
-    assert sql(path, f"SELECT record FROM {table}") == [(junk,)]
-    records.add_event("the others can still be used")
-
-
-def readable_names(path: Path) -> list[tuple[object, ...]]:
-    return sql(path, "SELECT name, image_id FROM image_names ORDER BY name")
-
-
-@pytest.mark.parametrize("junk", [b"", b"\xff\xfe", b"[]", b'{"cut'])
-def test_a_damaged_event_is_told(path: Path, records: SqliteRecords, junk: bytes) -> None:
-    records.add_event("tick")
-    sql(path, "UPDATE events SET data = ?", junk)
-    with pytest.raises(RecordsFailed, match="can't be read"):
-        records.events()
-
-
-def test_a_full_disk_is_told_as_one_and_the_connection_goes_on(records: SqliteRecords) -> None:
-    put_everything(records)
-    db = records._connection
-    pages = db.execute("PRAGMA page_count").fetchone()[0]
-    # SQLite's own bound of the file's size fails as a full disk does.
-    db.execute(f"PRAGMA max_page_count = {pages}")
-    big = replace(vm("big", 90), labels={"text": "x" * 100_000})
-    with pytest.raises(RecordsFailed, match="the disk is full") as failed:
-        records.add_vm(big)
-    assert "image prune" in failed.value.next_step
-    assert records.vms() == [WEB]
-    db.execute(f"PRAGMA max_page_count = {pages + 1000}")
-    records.add_vm(big)
-    assert len(records.vms()) == 2
-
-
-READER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from atoll.errors import AtollError
-from tests.unit.test_store import SqliteRecords, vm
-try:
-    SqliteRecords(Path(sys.argv[2])).add_vm(vm("new"))
-except AtollError as error:
-    print(type(error).__name__, "|", error.why, "|", error.next_step)
-"""
-
-
-@pytest.mark.parametrize("others_read", [True, False])
-def test_a_file_that_this_user_may_not_write_is_told(home: Path, others_read: bool) -> None:
-    path = home / "atoll.db"
-    with opened(path) as records:
-        records.add_vm(WEB)
-    path.chmod(0o444 if others_read else 0)
-    home.chmod(0o555)
-    content = path.read_bytes()
-    told = subprocess.run(
-        [sys.executable, "-c", READER, str(ROOT), str(path)],
-        check=True,
-        capture_output=True,
-        text=True,
-        **({"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}),
-    ).stdout
-    home.chmod(0o755)
-    name, why, next_step = told.split(" | ")
-    assert name == "RecordsFailed"
-    assert "it can't be written" in why
-    assert "owner and mode" in next_step
-    assert path.read_bytes() == content
-    assert [each.name for each in home.iterdir()] == [path.name]
