@@ -31,11 +31,15 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
+def _shown(name: str) -> str:
+    return repr(name) if len(name) <= 80 else f"{name[:80]!r}… ({len(name)} characters)"
+
+
 def check_vm_name(name: str) -> str:
     """The name itself, or `InvalidInput`."""
     if not _VM_NAME.fullmatch(name):
         raise InvalidInput(
-            f"{name!r} can't be the name of a VM",
+            f"{_shown(name)} can't be the name of a VM",
             "a name has up to 63 letters (a-z), digits, '.', '_' and '-', and starts with a letter or digit",
             "Choose another with --name.",
         )
@@ -46,7 +50,7 @@ def check_image_name(name: str) -> str:
     """The name with its tag (`:latest` when none was given), or `InvalidInput`."""
     if not _IMAGE_NAME.fullmatch(name):
         raise InvalidInput(
-            f"{name!r} can't be the name of an image",
+            f"{_shown(name)} can't be the name of an image",
             "a name is lower-case letters, digits, '.', '_', '-' and '/', and a tag after one ':'",
             "Write it like debian:13 or team/web:v2.",
         )
@@ -59,9 +63,10 @@ def find(reference: str, things: Iterable[Thing], kind: str) -> Thing:
     Raises `NotFound` (with near names) or `InvalidInput` when a prefix fits several.
     """
     everything = list(things)
-    for thing in everything:
-        if reference in (thing.name, thing.id):
-            return thing
+    exact = [thing for thing in everything if reference == thing.name]
+    exact += [thing for thing in everything if reference == thing.id]
+    if exact:
+        return exact[0]
     fitting = [
         thing
         for thing in everything
