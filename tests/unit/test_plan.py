@@ -176,5 +176,5 @@ def test_uefi_without_a_firmware_is_told() -> None:
 
 def test_too_many_disks_on_a_bus_are_told() -> None:
     disks = tuple(DiskSpec(name=f"d{letter}", size=GIB, bus="sata") for letter in "abcdefg")
-    with pytest.raises(InvalidInput, match="SATA takes six"):
+    with pytest.raises(InvalidInput, match="sata takes 6"):
         plan(inputs(replace(TINY, disks=disks)))

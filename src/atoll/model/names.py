@@ -31,7 +31,8 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """What a user wrote, quoted for an error: without what could steer a terminal, and not endless."""
     return repr(name) if len(name) <= 80 else f"{name[:80]!r}… ({len(name)} characters)"
 
 
@@ -39,7 +40,7 @@ def check_vm_name(name: str) -> str:
     """The name itself, or `InvalidInput`."""
     if not _VM_NAME.fullmatch(name):
         raise InvalidInput(
-            f"{_shown(name)} can't be the name of a VM",
+            f"{shown(name)} can't be the name of a VM",
             "a name has up to 63 letters (a-z), digits, '.', '_' and '-', and starts with a letter or digit",
             "Choose another with --name.",
         )
@@ -50,7 +51,7 @@ def check_image_name(name: str) -> str:
     """The name with its tag (`:latest` when none was given), or `InvalidInput`."""
     if not _IMAGE_NAME.fullmatch(name):
         raise InvalidInput(
-            f"{_shown(name)} can't be the name of an image",
+            f"{shown(name)} can't be the name of an image",
             "a name is lower-case letters, digits, '.', '_', '-' and '/', and a tag after one ':'",
             "Write it like debian:13 or team/web:v2.",
         )

@@ -1,10 +1,25 @@
 """What the verbs take. The same Structs serve the CLI, the SDK and, later, the HTTP API."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
+import msgspec
 from msgspec import Struct, field
 
+from atoll.errors import InvalidInput
 from atoll.model.spec import AcceleratorChoice, Arch, Bus, Firmware, Machine, PortSpec
+
+Request = TypeVar("Request", bound=Struct)
+
+
+def check_text(request: Request) -> Request:
+    """The request itself, or `InvalidInput` when some text in it can't be recorded: bytes that aren't UTF-8."""
+    try:
+        msgspec.json.encode(request)
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"{error.object[:80]!a} can't be used", "it has bytes that aren't UTF-8", "Write it in UTF-8."
+        ) from error
+    return request
 
 
 class DiskRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -20,7 +20,7 @@ from atoll.model.spec import DiskSpec, VmSpec
 from atoll.model.state import Phase
 from atoll.model.units import format_size
 from atoll.model.vm import Change, Vm
-from atoll.operations import observe, resolve
+from atoll.operations import observe, resolve_disks
 from atoll.operations.create import IMAGES_LOCK, find_image
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
@@ -53,7 +53,9 @@ class ResizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 async def add_disk(vm: Vm, request: DiskRequest, *, services: Services) -> tuple[DiskSpec, Change]:
     """A further disk, live where QEMU can. Raises `InvalidInput`, `NotFound` (image), `StorageFailed`."""
     image = find_image(request.image, services.records.images()) if request.image is not None else None
-    disk = resolve.further_disk(request, _all_disks(vm), image)
+    disk = resolve_disks.further_disk(request, _all_disks(vm), image)
+    for spec in (vm.spec, vm.pending or vm.spec):
+        devices.check_disks(_with_disks(spec, (*spec.disks, disk)))
     wanted = AddRequest(vm_id=vm.id, disk=disk)
     try:
         context = await perform(ADD, wanted, services=services, subject=vm.id, subject_name=vm.name)
@@ -82,7 +84,7 @@ async def resize_disk(vm: Vm, name: str, size: str | int, *, services: Services)
 
 def check_growth(vm: Vm, name: str, size: str | int) -> int:
     """Bytes. Raises `NotFound`, or `InvalidInput` for a disk that can't have that size."""
-    wanted = resolve.check_disk_size(size)
+    wanted = resolve_disks.check_disk_size(size)
     _find(vm.pending or vm.spec, name, vm.name)
     disk = max((disk for disk in _all_disks(vm) if disk.name == name), key=lambda disk: disk.size)
     if wanted < disk.size or disk.blob is not None:

@@ -24,10 +24,11 @@ from atoll.errors import AtollError, Cancelled, OperationStuck, RecordsFailed, f
 from atoll.host import facts
 from atoll.model.names import new_id
 from atoll.model.operation import Operation, Owner, Progress, StepRecord, StepState
+from atoll.model.requests import check_text
 from atoll.model.vm import Vm
 from atoll.operations.services import LOCK_TIMEOUT, Report, Services
 
-R = TypeVar("R")
+R = TypeVar("R", bound=msgspec.Struct)
 UNDO_TIMEOUT = 60.0
 """Seconds that one undo may take before the operation counts as stuck."""
 
@@ -122,6 +123,7 @@ async def perform(
     lock_timeout: float = LOCK_TIMEOUT,
 ) -> Context[R]:
     """Run a verb under its subject's lock. Raises what a step raised after undoing the steps, or `OperationStuck`."""
+    check_text(request)
     async with services.lease(subject, what=subject_name, timeout=lock_timeout):
         context = Context(services=services, subject=subject, request=request, report=report or (lambda progress: None))
         operation = Operation(

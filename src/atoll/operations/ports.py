@@ -10,11 +10,11 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AlreadyExists, AtollError, InvalidInput, NotFound, Unsupported
+from atoll.errors import AlreadyExists, AtollError, NotFound, Unsupported
 from atoll.model.spec import PortSpec, Protocol, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
-from atoll.operations import observe
+from atoll.operations import observe, resolve
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
 from atoll.operations.services import Services
@@ -30,7 +30,7 @@ class PortRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 async def publish(vm: Vm, port: PortSpec, *, services: Services) -> PortSpec:
     """Publish a guest's port now. Raises `AlreadyExists` (with who has it), `Unsupported` without a network."""
-    check_port(port)
+    resolve.check_port(port)
     if not vm.spec.nics:
         raise Unsupported(
             f"{vm.name}: it has no network", next_step="Ports need one: create it without --network none."
@@ -51,21 +51,6 @@ async def unpublish(vm: Vm, host_port: int, *, services: Services, protocol: Pro
     raise NotFound(
         f"{vm.name} doesn't publish port {host_port}/{protocol}", next_step=f"`atoll port ls {vm.name}` lists them."
     )
-
-
-def check_port(port: PortSpec) -> None:
-    """Raises `InvalidInput` for numbers or an address that can't be."""
-    import ipaddress
-
-    for number in (port.host_port, port.guest_port):
-        if not 1 <= number <= 65535:
-            raise InvalidInput(f"{number} isn't a port", "ports go from 1 to 65535")
-    try:
-        ipaddress.IPv4Address(port.host_address)
-    except ValueError as error:
-        raise InvalidInput(
-            f"'{port.host_address}' isn't an IPv4 address", next_step="Write it like 127.0.0.1:8080:80."
-        ) from error
 
 
 def with_port(spec: VmSpec, request: PortRequest) -> VmSpec:

@@ -9,33 +9,32 @@ import msgspec
 from msgspec.structs import replace
 
 from atoll.errors import InvalidInput, Unsupported
-from atoll.model.image import Image, ImageDisk
+from atoll.model.image import Image
 from atoll.model.launch import Capabilities
-from atoll.model.requests import CreateRequest, DiskRequest
+from atoll.model.names import shown
+from atoll.model.requests import CreateRequest, check_text
 from atoll.model.spec import (
     Arch,
     BootSpec,
-    Bus,
     CpuSpec,
-    DiskSpec,
     Firmware,
     GuestSpec,
     Machine,
     NicSpec,
+    PortSpec,
     SeedSpec,
     VmSpec,
 )
 from atoll.model.units import GIB, MIB, TIB, format_size, parse_size
+from atoll.operations.resolve_disks import all_disks, further_disk
 from atoll.qemu import devices
 
 DEFAULT_MEMORY = 1 * GIB
 SMALLEST_MEMORY, LARGEST_MEMORY = 16 * MIB, 16 * TIB
-LARGEST_DISK = 64 * TIB
 LARGEST_CPUS = 288
 """What q35 takes (`max-cpus` of its machine class, without an interrupt remapping unit 255; QEMU tells the rest)."""
-_DISK_NAME = re.compile(r"[a-z][a-z0-9-]{0,19}", re.ASCII)
-_LONGEST_CMDLINE = 2047
-"""Linux on x86 keeps 2048 bytes (COMMAND_LINE_SIZE)."""
+_LONGEST_CMDLINE = 1900
+"""Linux on x86 keeps 2047 bytes (COMMAND_LINE_SIZE); the host name comes to it."""
 
 # fmt: off
 _ADJECTIVES = (
@@ -76,7 +75,7 @@ def resolve(
     arch = guest_arch(request, image)
     machine = request.machine or (image.machine if image else None) or ("q35" if arch == "x86_64" else "virt")
     _check_machine(machine, arch, caps)
-    firmware = _firmware(request, image, arch)
+    firmware = _firmware(request, image, arch, machine)
     spec = VmSpec(
         arch=arch,
         machine=machine,
@@ -85,12 +84,18 @@ def resolve(
         cpu=_cpu(request, machine, host_cpus),
         memory=check_memory(request.memory if request.memory is not None else (image.memory if image else None)),
         boot=_boot(request, image, firmware),
-        disks=_disks(request, image, cdroms),
+        disks=all_disks(request, image, cdroms, arch),
         nics=_nics(request),
         display=request.display or _display(image, arch),
         guest=image.guest if image else GuestSpec(),
         seed=seed,
     )
+    return _checked(spec)
+
+
+def _checked(spec: VmSpec) -> VmSpec:
+    """With an address for each device. Raises `InvalidInput` or `Unsupported`."""
+    devices.check_disks(spec)
     return replace(spec, addresses=devices.assign_addresses(spec))
 
 
@@ -115,7 +120,7 @@ def _check_machine(machine: Machine, arch: Arch, caps: Capabilities) -> None:
         )
 
 
-def _firmware(request: CreateRequest, image: Image | None, arch: Arch) -> Firmware:
+def _firmware(request: CreateRequest, image: Image | None, arch: Arch, machine: Machine) -> Firmware:
     firmware = request.firmware or (image.firmware if image else ("bios" if arch == "x86_64" else "uefi"))
     if image is not None and firmware not in image.firmwares:
         raise InvalidInput(
@@ -125,14 +130,15 @@ def _firmware(request: CreateRequest, image: Image | None, arch: Arch) -> Firmwa
         )
     if firmware == "bios" and arch == "aarch64":
         raise InvalidInput("arm64 machines have no BIOS", next_step="Use --firmware uefi.")
-    if firmware == "uefi" and request.machine == "microvm":
+    if firmware == "uefi" and machine == "microvm":
         raise InvalidInput("the machine 'microvm' has no UEFI", next_step="Use --machine q35.")
     return firmware
 
 
 def _cpu(request: CreateRequest, machine: Machine, host_cpus: int) -> CpuSpec:
     count = request.cpus if request.cpus is not None else 1
-    sockets, threads = request.sockets or 1, request.threads or 1
+    sockets = request.sockets if request.sockets is not None else 1
+    threads = request.threads if request.threads is not None else 1
     # Only q35 can plug CPUs in while it runs.
     room = max(count, min(host_cpus, LARGEST_CPUS)) if machine == "q35" and sockets * threads == 1 else count
     maximum = request.max_cpus if request.max_cpus is not None else room
@@ -155,7 +161,7 @@ def check_cpu(cpu: CpuSpec) -> None:
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", cpu.model):
         raise InvalidInput(
-            f"{cpu.model!r} isn't a CPU model", next_step="Leave it away, or name one of QEMU's, like 'max'."
+            f"{shown(cpu.model)} isn't a CPU model", next_step="Leave it away, or name one of QEMU's, like 'max'."
         )
 
 
@@ -184,10 +190,13 @@ def _boot(request: CreateRequest, image: Image | None, firmware: Firmware) -> Bo
 
 
 def check_cmdline(cmdline: str) -> str:
-    if len(cmdline.encode()) > _LONGEST_CMDLINE - 100 or "\0" in cmdline:
+    size = len(cmdline.encode(errors="surrogateescape"))
+    if size > _LONGEST_CMDLINE:
         raise InvalidInput(
-            "the kernel's command line is too long", f"it has {len(cmdline.encode())} bytes of at most 1900"
+            "the kernel's command line is too long", f"it has {size} bytes of at most {_LONGEST_CMDLINE}"
         )
+    if "\0" in cmdline:
+        raise InvalidInput("the kernel's command line can't have a zero byte in it")
     return cmdline
 
 
@@ -197,92 +206,13 @@ def _display(image: Image | None, arch: Arch) -> Literal["none", "vga", "virtio"
     return "vga" if arch == "x86_64" else "virtio"
 
 
-def _disks(request: CreateRequest, image: Image | None, cdroms: Sequence[Image]) -> tuple[DiskSpec, ...]:
-    disks = [_from_image(disk, request.disk_bus) for disk in (image.disks if image else ())]
-    if request.disk_size is not None:
-        disks = _grown(disks, check_disk_size(request.disk_size), request.disk_bus or "virtio")
-    for further in request.disks:
-        if further.image is None:
-            disks.append(further_disk(further, disks))
-    for number, cdrom in enumerate(cdroms):
-        media = next((disk for disk in cdrom.disks if disk.blob), None)
-        if media is None:
-            raise InvalidInput(
-                f"the image {cdrom.name} isn't a CD", next_step="Import an ISO file: `atoll image import FILE.iso`."
-            )
-        bus: Bus = "sata" if guest_arch(request, image) == "x86_64" else "scsi"
-        disks.append(DiskSpec(name=f"cd{number}", size=media.size, blob=media.blob, bus=bus, media="cdrom"))
-    names = [disk.name for disk in disks]
-    if len(set(names)) < len(names):
-        raise InvalidInput(
-            f"two disks have the same name: {', '.join(sorted(names))}", next_step="Give each its own name=…."
-        )
-    return tuple(disks)
-
-
-def _from_image(disk: ImageDisk, bus: Bus | None) -> DiskSpec:
-    chosen = bus if bus is not None and disk.layer is not None else disk.bus
-    return DiskSpec(name=disk.name, size=disk.size, layer=disk.layer, blob=disk.blob, bus=chosen, media=disk.media)
-
-
-def _grown(disks: list[DiskSpec], size: int, bus: Bus) -> list[DiskSpec]:
-    """The first writable disk gets `size`; without one there is a new blank disk, before any CD."""
-    for index, disk in enumerate(disks):
-        if disk.blob is None:
-            if size < disk.size:
-                raise InvalidInput(
-                    f"the disk can't have {format_size(size)}",
-                    f"the image's has {format_size(disk.size)}, and disks only grow",
-                )
-            return [*disks[:index], replace(disk, size=size), *disks[index + 1 :]]
-    return [DiskSpec(name="root", size=size, bus=bus), *disks]
-
-
-def further_disk(request: DiskRequest, others: Sequence[DiskSpec], image: Image | None = None) -> DiskSpec:
-    """A disk beside the ones that are there. Raises `InvalidInput`."""
-    taken = {disk.name for disk in others}
-    name = request.name or next(f"data{number}" for number in range(1, 1000) if f"data{number}" not in taken)
-    if not _DISK_NAME.fullmatch(name) or re.search(r"-\d+$", name) or name.endswith("-file"):
-        raise InvalidInput(
-            f"{name!r} can't be the name of a disk",
-            "it has up to 20 lower-case letters, digits and '-', and doesn't end like '-1'",
-        )
-    if name in taken:
-        raise InvalidInput(f"there is a disk '{name}' already", next_step="Choose another name.")
-    if image is not None:
-        source = next(iter(image.disks), None)
-        if source is None:
-            raise InvalidInput(f"the image {image.name} has no disk")
-        size = source.size if request.size is None else max(source.size, check_disk_size(request.size))
-        return DiskSpec(
-            name=name,
-            size=size,
-            layer=source.layer,
-            blob=source.blob,
-            bus=request.bus or source.bus,
-            media=source.media,
-        )
-    if request.size is None:
-        raise InvalidInput(f"the disk '{name}' has no size", next_step="Give one, like size=10GiB.")
-    return DiskSpec(name=name, size=check_disk_size(request.size), bus=request.bus or "virtio")
-
-
 def with_disk_images(spec: VmSpec, request: CreateRequest, images: dict[str, Image]) -> VmSpec:
     """The spec with further disks that come from images, and addresses for all."""
     disks = list(spec.disks)
     for further in request.disks:
         if further.image is not None:
             disks.append(further_disk(further, disks, images[further.image]))
-    spec = replace(spec, disks=tuple(disks))
-    return replace(spec, addresses=devices.assign_addresses(spec))
-
-
-def check_disk_size(size: str | int) -> int:
-    """Bytes, a multiple of 512. Raises `InvalidInput`."""
-    number = parse_size(size)
-    if not MIB <= number <= LARGEST_DISK:
-        raise InvalidInput(f"a disk of {format_size(number)} can't be", f"it has 1MiB to {format_size(LARGEST_DISK)}")
-    return -(-number // 512) * 512
+    return _checked(replace(spec, disks=tuple(disks)))
 
 
 def _nics(request: CreateRequest) -> tuple[NicSpec, ...]:
@@ -290,9 +220,13 @@ def _nics(request: CreateRequest) -> tuple[NicSpec, ...]:
         if request.ports:
             raise InvalidInput("ports can't be published without a network", next_step="Leave --network none away.")
         return ()
-    if request.mac is not None and not re.fullmatch(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}", request.mac.lower()):
+    for port in request.ports:
+        check_port(port)
+    # QEMU takes zeros for no address at all.
+    one_card = r"(?!00(:00){5})[0-9a-f][02468ace](:[0-9a-f]{2}){5}"
+    if request.mac is not None and not re.fullmatch(one_card, request.mac.lower()):
         raise InvalidInput(
-            f"{request.mac!r} isn't a hardware address of one card", next_step="Write it like 52:54:00:12:34:56."
+            f"{shown(request.mac)} isn't a hardware address of one card", next_step="Write it like 52:54:00:12:34:56."
         )
     mac = (request.mac or new_mac()).lower()
     return (
@@ -306,19 +240,36 @@ def _nics(request: CreateRequest) -> tuple[NicSpec, ...]:
     )
 
 
+def check_port(port: PortSpec) -> None:
+    """Raises `InvalidInput` for numbers or an address that can't be."""
+    import ipaddress
+
+    for number in (port.host_port, port.guest_port):
+        if not 1 <= number <= 65535:
+            raise InvalidInput(f"{number} isn't a port", "ports go from 1 to 65535")
+    try:
+        ipaddress.IPv4Address(port.host_address)
+    except ValueError as error:
+        raise InvalidInput(
+            f"{shown(port.host_address)} isn't an IPv4 address", next_step="Write it like 127.0.0.1:8080:80."
+        ) from error
+
+
 def check_labels(labels: dict[str, str]) -> dict[str, str]:
     for key in labels:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}", key):
-            raise InvalidInput(f"{key!r} can't be a label", next_step="Use letters, digits, '.', '_', '-' and '/'.")
+            raise InvalidInput(
+                f"{shown(key)} can't be a label", next_step="Use letters, digits, '.', '_', '-' and '/'."
+            )
     return labels
 
 
 def as_request(image: str | CreateRequest, options: dict[str, object]) -> CreateRequest:
     """`create("tiny", name="v1")` and `create(CreateRequest(…))` are the same. Raises `InvalidInput`."""
-    if isinstance(image, CreateRequest):
-        return msgspec.structs.replace(image, **options) if options else image
+    given = msgspec.structs.asdict(image) if isinstance(image, CreateRequest) else {"image": image}
     try:
-        return msgspec.convert({"image": image, **options}, CreateRequest, strict=True, from_attributes=True)
+        request = msgspec.convert({**given, **options}, CreateRequest, strict=True, from_attributes=True)
+        return check_text(request)
     except msgspec.ValidationError as error:
         known = ", ".join(CreateRequest.__struct_fields__)
         raise InvalidInput("that can't be created", str(error), f"The options are {known}.") from error

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from atoll.errors import InvalidInput, Unsupported
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec, VmSpec
 
 Properties = dict[str, Any]
@@ -12,6 +13,8 @@ STREAMS = 4
 """Sets of in/out/err ports, one for each `exec` that runs at the same time."""
 TERMINALS = 3
 """Virtual consoles (/dev/hvc0 …) for `shell`."""
+SLOTS = range(1, 31)
+"""Those of the root bus: 0 is the host bridge, 31 the q35's own controllers."""
 AGENT_PORT = "org.qemu.guest_agent.0"
 
 
@@ -21,7 +24,10 @@ def disk_id(name: str) -> str:
 
 
 def assign_addresses(spec: VmSpec) -> dict[str, str]:
-    """A PCIe slot on the root bus for each device that has none yet; those given before stay."""
+    """A PCIe slot on the root bus for each device that has none yet; those given before stay.
+
+    Raises `InvalidInput` when there are more devices than slots.
+    """
     wanted = []
     if spec.display != "none":
         wanted.append("display")
@@ -39,9 +45,30 @@ def assign_addresses(spec: VmSpec) -> dict[str, str]:
     wanted += [f"hotplug{number}" for number in range(HOTPLUG_PORTS)]
     wanted.append("panic")
     kept = {device: slot for device, slot in spec.addresses.items() if device in wanted}
-    # 0 is the host bridge, 31 the q35's own controllers.
-    free = (slot for slot in range(1, 31) if f"0x{slot:x}" not in kept.values())
-    return kept | {device: f"0x{next(free):x}" for device in wanted if device not in kept}
+    new = [device for device in wanted if device not in kept]
+    free = [slot for slot in SLOTS if f"0x{slot:x}" not in kept.values()]
+    if len(new) > len(free):
+        raise InvalidInput(
+            f"{len(wanted)} devices are too many for one machine",
+            f"it has {len(SLOTS)} slots, and each virtio or nvme disk takes one",
+            "Put disks on the bus scsi: they share a slot.",
+        )
+    return kept | {device: f"0x{slot:x}" for device, slot in zip(new, free, strict=False)}
+
+
+def check_disks(spec: VmSpec) -> None:
+    """Raises `InvalidInput` for more disks than a bus takes, `Unsupported` for a bus that the machine lacks."""
+    for bus, most in (("sata", 6), ("floppy", 2), ("scsi", 256)):
+        count = sum(disk.bus == bus for disk in spec.disks)
+        if count > most:
+            raise InvalidInput(f"{count} {bus} disks are too many", f"{bus} takes {most}", "Use another bus.")
+    if spec.machine != "q35" and any(disk.bus == "floppy" for disk in spec.disks):
+        raise Unsupported(f"the machine '{spec.machine}' has no floppy drive", next_step="Use --machine q35.")
+    for disk in spec.disks:
+        if disk.bus == "sata" and disk.blob is not None and disk.media != "cdrom":
+            raise InvalidInput(
+                f"the disk '{disk.name}' is read-only, and a sata disk can't be", next_step="Use bus=virtio or scsi."
+            )
 
 
 def needs_input_devices(spec: VmSpec) -> bool:
@@ -116,6 +143,8 @@ def controllers(spec: VmSpec) -> list[Properties]:
         found.append(on_root_bus(spec, _modern("virtio-scsi-pci") | {"id": "scsi"}))
     if any(disk.bus == "sata" for disk in spec.disks) and spec.machine != "q35":
         found.append(on_root_bus(spec, {"driver": "ahci", "id": "ahci"}))
+    if any(disk.bus == "floppy" for disk in spec.disks):
+        found.append({"driver": "isa-fdc", "id": "floppies"})
     return found
 
 

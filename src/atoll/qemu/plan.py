@@ -59,14 +59,7 @@ def _check(inputs: PlanInputs) -> None:
         )
     if spec.boot.firmware == "kernel" and spec.boot.kernel is None:
         raise InvalidInput(f"{inputs.vm.name}: it boots a kernel directly, and has none")
-    if sum(disk.bus == "sata" for disk in spec.disks) > 6 or sum(disk.bus == "floppy" for disk in spec.disks) > 2:
-        raise InvalidInput(
-            f"{inputs.vm.name}: too many disks on one bus", "SATA takes six, floppy two", "Use virtio or scsi."
-        )
-    if spec.machine != "q35" and any(disk.bus == "floppy" for disk in spec.disks):
-        raise Unsupported(
-            f"{inputs.vm.name}: the machine '{spec.machine}' has no floppy drive", next_step="Use --machine q35."
-        )
+    devices.check_disks(spec)
 
 
 class _Builder:
@@ -243,7 +236,7 @@ def disk_nodes(
     """The block nodes of a disk, lowest first; the last has the disk's name.
 
     `hand_over` gives a file a descriptor set and returns its number.
-    Node names have at most 31 bytes, so disk names have at most 20 (see `operations/resolve.py`).
+    Node names have at most 31 bytes, so disk names have at most 20 (see `operations/resolve_disks.py`).
     """
     nodes: list[dict[str, Any]] = []
 

@@ -1,0 +1,107 @@
+"""The disks of a VM, new ones and further ones, as `DiskSpec`s. Pure."""
+
+import itertools
+import re
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from atoll.errors import InvalidInput
+from atoll.model.image import Image, ImageDisk
+from atoll.model.names import shown
+from atoll.model.requests import CreateRequest, DiskRequest
+from atoll.model.spec import Arch, Bus, DiskSpec
+from atoll.model.units import MIB, TIB, format_size, parse_size
+from atoll.qemu import devices
+from atoll.qemu.plan import MONITORS
+
+LARGEST_DISK = 64 * TIB
+_DISK_NAME = re.compile(r"[a-z][a-z0-9-]{0,19}", re.ASCII)
+_RESERVED = frozenset(
+    {"firmware", "variables", "rom", "kernel", "initrd", "events", "hello", "serial", "serial-log", "seed", "seed-iso"}
+    | {*MONITORS, *devices.channel_names()}
+)
+"""Names that `qemu/plan.py` gives to block nodes and descriptors of its own."""
+
+
+def all_disks(request: CreateRequest, image: Image | None, cdroms: Sequence[Image], arch: Arch) -> tuple[DiskSpec, ...]:
+    """The disks of a new VM, but for those that come from further images. Raises `InvalidInput`."""
+    disks = [_from_image(disk, request.disk_bus) for disk in (image.disks if image else ())]
+    if request.disk_size is not None:
+        disks = _grown(disks, check_disk_size(request.disk_size), request.disk_bus or "virtio")
+    for further in request.disks:
+        if further.image is None:
+            disks.append(further_disk(further, disks))
+    for cdrom in cdroms:
+        media = next((disk for disk in cdrom.disks if disk.blob), None)
+        if media is None:
+            raise InvalidInput(
+                f"the image {cdrom.name} isn't a CD", next_step="Import an ISO file: `atoll image import FILE.iso`."
+            )
+        bus: Bus = "sata" if arch == "x86_64" else "scsi"
+        disks.append(
+            DiskSpec(name=_free_name("cd", 0, disks), size=media.size, blob=media.blob, bus=bus, media="cdrom")
+        )
+    return tuple(disks)
+
+
+def _from_image(disk: ImageDisk, bus: Bus | None) -> DiskSpec:
+    chosen = bus if bus is not None and disk.layer is not None else disk.bus
+    return DiskSpec(name=disk.name, size=disk.size, layer=disk.layer, blob=disk.blob, bus=chosen, media=disk.media)
+
+
+def _grown(disks: list[DiskSpec], size: int, bus: Bus) -> list[DiskSpec]:
+    """The first writable disk gets `size`; without one there is a new blank disk, before any CD."""
+    for index, disk in enumerate(disks):
+        if disk.blob is None:
+            if size < disk.size:
+                raise InvalidInput(
+                    f"the disk can't have {format_size(size)}",
+                    f"the image's has {format_size(disk.size)}, and disks only grow",
+                )
+            return [*disks[:index], replace(disk, size=size), *disks[index + 1 :]]
+    return [DiskSpec(name="root", size=size, bus=bus), *disks]
+
+
+def _free_name(stem: str, first: int, others: Sequence[DiskSpec]) -> str:
+    """`data1`, `data2` …: the first that is free."""
+    taken = {disk.name for disk in others}
+    return next(f"{stem}{number}" for number in itertools.count(first) if f"{stem}{number}" not in taken)
+
+
+def further_disk(request: DiskRequest, others: Sequence[DiskSpec], image: Image | None = None) -> DiskSpec:
+    """A disk beside the ones that are there. Raises `InvalidInput`."""
+    name = request.name or _free_name("data", 1, others)
+    if not _DISK_NAME.fullmatch(name) or re.search(r"-\d+$", name) or name.endswith("-file"):
+        raise InvalidInput(
+            f"{shown(name)} can't be the name of a disk",
+            "it has up to 20 lower-case letters, digits and '-', and doesn't end like '-1'",
+        )
+    if name in _RESERVED:
+        raise InvalidInput(f"{name!r} can't be the name of a disk", "Atoll uses it itself", "Choose another name.")
+    if any(disk.name == name for disk in others):
+        raise InvalidInput(f"there is a disk '{name}' already", next_step="Choose another name.")
+    if image is not None:
+        source = next(iter(image.disks), None)
+        if source is None:
+            raise InvalidInput(f"the image {image.name} has no disk")
+        size = source.size if request.size is None else max(source.size, check_disk_size(request.size))
+        return DiskSpec(
+            name=name,
+            size=size,
+            layer=source.layer,
+            blob=source.blob,
+            bus=request.bus or source.bus,
+            media=source.media,
+        )
+    if request.size is None:
+        raise InvalidInput(f"the disk '{name}' has no size", next_step="Give one, like size=10GiB.")
+    return DiskSpec(name=name, size=check_disk_size(request.size), bus=request.bus or "virtio")
+
+
+def check_disk_size(size: str | int) -> int:
+    """Bytes, a multiple of 512. Raises `InvalidInput`."""
+    number = parse_size(size)
+    if not MIB <= number <= LARGEST_DISK:
+        raise InvalidInput(f"a disk of {format_size(number)} can't be", f"it has 1MiB to {format_size(LARGEST_DISK)}")
+    return -(-number // 512) * 512
