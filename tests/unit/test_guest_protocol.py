@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from atoll.errors import GuestFailed
+from atoll.qemu import guest
 from atoll.qemu.guest import Refused, UnknownProcess, conversation
 
 Answer = Callable[[dict[str, Any]], bytes]
@@ -66,6 +67,32 @@ async def test_stale_replies_before_the_sync_are_dropped() -> None:
     agent = await asking
     await agent.ping()
     theirs.close()
+
+
+async def test_a_guest_that_was_paused_answers_each_sync_before_the_first_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guest, "SYNC_AGAIN", 0.05)
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_unix_connection(sock=theirs)
+
+    async def answer_late() -> None:
+        waiting = [await reader.readline() for _ in range(3)]
+        while True:
+            for line in waiting:
+                request = json.loads(line.lstrip(b"\xff"))
+                if request["execute"] == "guest-sync-delimited":
+                    # The agent's parser tells that it doesn't like the 0xFF.
+                    writer.write(refused("JSON parse error, stray") + b"\xff" + told(request["arguments"]["id"]))
+                else:
+                    writer.write(told({"exited": False}))
+            waiting = [await reader.readline()]
+
+    task = asyncio.create_task(answer_late())
+    async with conversation(ours, timeout=5) as agent:
+        assert not (await agent.status(5)).exited
+    task.cancel()
+    writer.close()
 
 
 async def test_a_refusal_says_what_the_agent_said() -> None:

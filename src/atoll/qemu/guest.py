@@ -71,32 +71,36 @@ class Agent:
 
         QEMU keeps the request until the agent opens its port, so the answer comes as soon as the guest has booted.
         """
-        sent: set[int] = set()
+        sent: list[int] = []
+        answered = 0
         try:
             async with asyncio.timeout(timeout):
-                while True:
-                    number = LEAST_SYNC + secrets.randbits(48)
-                    sent.add(number)
+                while not answered:
+                    sent.append(LEAST_SYNC + secrets.randbits(48))
                     # The 0xFF makes the agent's parser drop what a client before us left unfinished.
-                    self._writer.write(b"\xff" + _request("guest-sync-delimited", {"id": number}))
+                    self._writer.write(b"\xff" + _request("guest-sync-delimited", {"id": sent[-1]}))
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(SYNC_AGAIN):
-                            await self._wait_for_sync(sent)
-                            return
+                            answered = await self._wait_for_sync(sent)
+                # A guest that was paused answers each of them, and before each tells an error about the 0xFF.
+                while answered != sent[-1]:
+                    answered = await self._wait_for_sync(sent)
         except TimeoutError:
             raise _silent(f"in {timeout:g} s") from None
         except (asyncio.IncompleteReadError, OSError) as error:
             raise _gone() from error
 
-    async def _wait_for_sync(self, sent: set[int]) -> None:
+    async def _wait_for_sync(self, sent: Sequence[int]) -> int:
+        """The number of the next answer to one of them."""
         while True:
             await self._reader.readuntil(b"\xff")
             line = await self._reader.readline()
             if not line:
                 raise asyncio.IncompleteReadError(b"", None)
             with contextlib.suppress(msgspec.DecodeError):
-                if msgspec.json.decode(line).get("return") in sent:
-                    return
+                number = msgspec.json.decode(line).get("return")
+                if number in sent:
+                    return int(number)
 
     async def call(self, command: str, *, timeout: float = 20.0, **arguments: Any) -> Any:
         """One command. An underscore in an argument's name stands for a hyphen. Raises `GuestFailed`."""
@@ -111,12 +115,7 @@ class Agent:
         try:
             async with asyncio.timeout(timeout):
                 await self._writer.drain()
-                while True:
-                    line = await self._reader.readuntil(b"\n")
-                    reply = msgspec.json.decode(line.lstrip(b"\xff"))
-                    # A second answer to a sync that was sent again has only a number in it.
-                    if not (isinstance(reply.get("return"), int) and reply["return"] >= LEAST_SYNC):
-                        break
+                reply = msgspec.json.decode(await self._reader.readuntil(b"\n"))
         except TimeoutError:
             raise _silent(f"{command} in {timeout:g} s") from None
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError, msgspec.DecodeError) as error:
