@@ -5,11 +5,13 @@ ones; an empty file hides it altogether; then the names are taken in order, the 
 """
 
 import fnmatch
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
 
 from atoll.errors import Unsupported
 from atoll.model.launch import Firmware
@@ -19,37 +21,77 @@ from atoll.model.launch import Firmware
 _UNWANTED = frozenset({"requires-smm", "secure-boot", "enrolled-keys"})
 
 
+class _Target(Struct):
+    architecture: str
+    machines: tuple[str, ...]
+
+
+class _File(Struct):
+    filename: str
+    format: Literal["raw", "qcow2"] = "raw"
+
+    @property
+    def there(self) -> bool:
+        return os.path.isfile(self.filename)  # noqa: PTH113  # unlike Path.is_file it is False where we may not look
+
+
+class _Mapping(Struct, rename="kebab"):
+    device: str
+    mode: str = "split"
+    executable: _File | None = None
+    nvram_template: _File | None = None
+
+
+class Descriptor(Struct, rename="kebab"):
+    """What is asked of a descriptor file; it may say more."""
+
+    interface_types: tuple[str, ...]
+    mapping: _Mapping
+    targets: tuple[_Target, ...]
+    features: tuple[str, ...] = ()
+    description: str = ""
+
+
+_decode = msgspec.json.Decoder(Descriptor).decode
+
+
 def folders(environment: dict[str, str] | None = None) -> list[Path]:
     """Where descriptors are, the user's own first."""
     env = dict(os.environ) if environment is None else environment
-    config = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", "/root")) / ".config")
+    config, home = Path(env.get("XDG_CONFIG_HOME", "")), Path(env.get("HOME", ""))
+    own = config if config.is_absolute() else home / ".config"
     return [
-        config / "qemu/firmware",
+        *([own / "qemu/firmware"] if own.is_absolute() else []),
         Path("/etc/qemu/firmware"),
         Path("/usr/local/share/qemu/firmware"),
         Path("/usr/share/qemu/firmware"),
     ]
 
 
-def read_descriptors(where: Iterable[Path]) -> list[dict[str, Any]]:
+def read_descriptors(where: Iterable[Path]) -> list[Descriptor]:
     """The descriptors that count, in their order. A damaged one is passed over, as QEMU's document asks."""
     found: dict[str, Path] = {}
     for folder in where:
-        for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-            found.setdefault(path.name, path)
+        for name in _names(folder):
+            found.setdefault(name, folder / name)
     descriptors = []
     for name in sorted(found):
         try:
-            text = found[name].read_text()
-            descriptor = json.loads(text) if text.strip() else None
+            descriptors.append(_decode(found[name].read_bytes()))
         except (OSError, ValueError):
+            # Also an empty file: it only hides others.
             continue
-        if isinstance(descriptor, dict):
-            descriptors.append(descriptor)
     return descriptors
 
 
-def choose(descriptors: Sequence[dict[str, Any]], *, arch: str, machine_type: str) -> Firmware:
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir() if path.suffix == ".json"]
+    except OSError:
+        return []
+
+
+def choose(descriptors: Sequence[Descriptor], *, arch: str, machine_type: str) -> Firmware:
     """The first plain UEFI firmware for this machine. Raises `Unsupported` with the package to install."""
     for descriptor in descriptors:
         firmware = _fitting(descriptor, arch=arch, machine_type=machine_type)
@@ -63,29 +105,27 @@ def choose(descriptors: Sequence[dict[str, Any]], *, arch: str, machine_type: st
     )
 
 
-def _fitting(descriptor: dict[str, Any], *, arch: str, machine_type: str) -> Firmware | None:
-    mapping = descriptor.get("mapping", {})
-    targets = descriptor.get("targets", [])
+def _fitting(descriptor: Descriptor, *, arch: str, machine_type: str) -> Firmware | None:
+    mapping = descriptor.mapping
+    code, variables = mapping.executable, mapping.nvram_template
     fits = any(
-        target.get("architecture") == arch
-        and any(fnmatch.fnmatchcase(machine_type, glob) for glob in target.get("machines", []))
-        for target in targets
+        target.architecture == arch and any(fnmatch.fnmatchcase(machine_type, glob) for glob in target.machines)
+        for target in descriptor.targets
     )
     if (
         not fits
-        or "uefi" not in descriptor.get("interface-types", [])
-        or mapping.get("device") != "flash"
-        or mapping.get("mode", "split") != "split"
-        or _UNWANTED & set(descriptor.get("features", []))
+        or "uefi" not in descriptor.interface_types
+        or (mapping.device, mapping.mode) != ("flash", "split")
+        or _UNWANTED & set(descriptor.features)
+        or code is None
+        or variables is None
+        or not (code.there and variables.there)
     ):
         return None
-    code, variables = mapping.get("executable", {}), mapping.get("nvram-template", {})
-    if not Path(code.get("filename", "")).is_file() or not Path(variables.get("filename", "")).is_file():
-        return None
     return Firmware(
-        code=code["filename"],
-        code_format=code.get("format", "raw"),
-        variables=variables["filename"],
-        variables_format=variables.get("format", "raw"),
-        description=descriptor.get("description", ""),
+        code=code.filename,
+        code_format=code.format,
+        variables=variables.filename,
+        variables_format=variables.format,
+        description=descriptor.description,
     )
