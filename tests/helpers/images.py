@@ -19,10 +19,10 @@ CACHE = Path(os.environ.get("ATOLL_TEST_CACHE") or Path.home() / ".cache/atoll-t
 
 
 def _key() -> str:
-    """Changes when the code that builds images changes."""
+    """Changes when the code that builds images changes, or the schema of their records: checkouts share the cache."""
     digest = hashlib.sha256()
-    folder = Path(atoll.__file__).parent / "images"
-    for path in sorted(folder.rglob("*")):
+    folder = Path(atoll.__file__).parent
+    for path in (folder / "store/schema.py", *sorted((folder / "images").rglob("*"))):
         if path.is_file() and path.suffix != ".pyc":
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
