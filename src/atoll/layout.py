@@ -1,13 +1,14 @@
 """Every path, socket and file name on disk, and nothing else.
 
 For a user the XDG directories are used, for root `/var/lib/atoll`, `/var/cache/atoll` and `/run/atoll`. `ATOLL_HOME`
-puts everything under one folder. Nothing here touches the disk, except `find` which looks whether the session's runtime
-directory is there.
+puts everything under one folder. Nothing here touches the disk.
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from atoll.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -148,19 +149,34 @@ class Layout:
 
 
 def find(environment: dict[str, str] | None = None, user_id: int | None = None) -> Layout:
-    """The layout for this user: `ATOLL_HOME`, else root's directories, else the XDG directories."""
+    """The layout for this user: `ATOLL_HOME`, else root's directories, else the XDG directories. Raises `InvalidInput`.
+
+    A user's sockets and locks are beside the data, not in the session's runtime directory: that differs between a
+    login, `su` and cron, and goes at the last logout, while VMs run on (docs/decisions/004-sockets-stay-at-logout.md).
+    """
     env = dict(os.environ) if environment is None else environment
     uid = os.getuid() if user_id is None else user_id
     if home := env.get("ATOLL_HOME"):
-        root = Path(home).expanduser().absolute()
+        root = _expanded(home)
         return Layout(data=root / "data", cache=root / "cache", run=root / "run")
     if uid == 0:
         return Layout(data=Path("/var/lib/atoll"), cache=Path("/var/cache/atoll"), run=Path("/run/atoll"))
-    user_home = Path(env.get("HOME") or Path.home())
-    data = Path(env.get("XDG_DATA_HOME") or user_home / ".local/share") / "atoll"
-    cache = Path(env.get("XDG_CACHE_HOME") or user_home / ".cache") / "atoll"
-    runtime = env.get("XDG_RUNTIME_DIR")
-    if runtime and Path(runtime).is_dir():
-        return Layout(data=data, cache=cache, run=Path(runtime) / "atoll")
-    # `su`, cron and containers have no session: a folder beside the data serves as well, since phases are observed.
+    data, cache = _xdg(env, "XDG_DATA_HOME", ".local/share") / "atoll", _xdg(env, "XDG_CACHE_HOME", ".cache") / "atoll"
     return Layout(data=data, cache=cache, run=data / "run")
+
+
+def _xdg(env: dict[str, str], variable: str, default: str) -> Path:
+    """A base directory. The specification says that a path that isn't absolute counts for none."""
+    for path in (Path(env.get(variable, "")), Path(env.get("HOME", "")) / default):
+        if path.is_absolute():
+            return path
+    return _expanded("~") / default
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"{path} is no folder", "this user, or the one that it names, has no home", "Set ATOLL_HOME to a full path."
+        ) from error

@@ -202,7 +202,7 @@ def _lists_user(file: Path, user: str) -> bool:
 def _folders(layout: Layout) -> list[Check]:
     return [
         _folder("Data folder", layout.data, "XDG_DATA_HOME"),
-        _folder("Runtime folder", layout.run, "XDG_RUNTIME_DIR"),
+        _folder("Runtime folder", layout.run, "XDG_DATA_HOME"),
         _folder("Cache folder", layout.cache, "XDG_CACHE_HOME"),
     ]
 
