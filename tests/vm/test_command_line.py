@@ -3,15 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from tests.helpers.command import ATOLL
 
 pytestmark = pytest.mark.vm
-
-ATOLL = [sys.executable, "-c", "from atoll.cli.main import main; main()"]
 
 
 def atoll(*words: str, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":

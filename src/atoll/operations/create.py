@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from atoll.errors import InvalidInput, StorageFailed, from_os_error
+from atoll.errors import AlreadyExists, InvalidInput, StorageFailed, from_os_error
 from atoll.host import disks, files
 from atoll.model import names
 from atoll.model.image import Image
@@ -33,7 +33,13 @@ IMAGES_LOCK = "images"
 async def create(request: CreateRequest, *, services: Services, report: Report | None = None) -> Vm:
     """A stopped VM. Raises `InvalidInput`, `NotFound` (image), `AlreadyExists` (name or port), `StorageFailed`."""
     vm = await _resolved(request, services)
-    await perform(CREATE, vm, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    try:
+        await perform(CREATE, vm, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    except AlreadyExists:
+        if request.name is not None or all(other.name != vm.name for other in services.records.vms()):
+            raise
+        # Another process took the name that was made up; it is recorded now, so another one is made up.
+        return await create(request, services=services, report=report)
     return services.vm(vm.id)
 
 
