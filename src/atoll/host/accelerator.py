@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from atoll.errors import StorageFailed, Unsupported, from_os_error
+from atoll.errors import ProcessFailed, StorageFailed, Unsupported, from_os_error
 from atoll.host import facts, process
 from atoll.host.files import make_folder, write_atomically
 from atoll.host.payload import PAYLOADS
@@ -156,6 +156,8 @@ async def run_payload(qemu_binary: Path, name: AcceleratorName, *, arch: Arch) -
     except TimeoutError:
         reason = f"a 64-bit guest did not run to its end within {PROOF_TIME:.0f} s"
         return Accelerator(name=name, usable=False, reason=reason)
+    except ProcessFailed as error:
+        return Accelerator(name=name, usable=False, reason=f"a 64-bit guest did not run: {error.text}")
     except OSError as error:
         raise from_os_error(error, "write the guest that proves an accelerator") from error
     if finished.exit_code == payload.exit_code:

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from atoll.errors import MissingTool, ProcessFailed
 
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL for a program that is interrupted."""
+LONGEST_LINE = 1 << 16
+"""Bytes after which a line of standard error is told though it hasn't ended."""
 
 # Debian's package for each program that we may run, for the hint in the error.
 PACKAGES = {
@@ -49,6 +52,8 @@ class Finished:
 def find(program: str) -> str:
     """The program's path, also from the system folders that an ordinary user's PATH lacks. Raises `MissingTool`."""
     path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin:/usr/local/sbin")
+    if path is None and "/" in program:
+        raise MissingTool(f"{program} can't be run", "there is no such program")
     if path is None:
         package = PACKAGES.get(program, program)
         raise MissingTool(f"{program} is not installed", next_step=f"Install it: `sudo apt-get install {package}`.")
@@ -72,47 +77,72 @@ async def run(
     is cancelled, the program and what it started get SIGTERM, then SIGKILL.
     """
     words = [find(str(argv[0])), *(str(word) for word in argv[1:])]
-    process = await asyncio.create_subprocess_exec(
-        *words,
-        stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=None if env is None else {**os.environ, **env},
-        cwd=cwd,
-        pass_fds=tuple(pass_fds),
-        start_new_session=True,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=None if env is None else {**os.environ, **env},
+            cwd=cwd,
+            pass_fds=tuple(pass_fds),
+            start_new_session=True,
+        )
+    except OSError as error:
+        again = _cut(f"To see it again: {pasteable(words, env=env, cwd=cwd)}", 2000)
+        raise ProcessFailed(f"{Path(words[0]).name} can't be started", str(error), again) from error
     async with _ended_with_us(process):
         finished = await _communicate(process, stdin=stdin, on_line=on_line, on_output=on_output)
     if check and finished.exit_code != 0:
-        raise failure(words, finished)
+        raise failure(words, finished, env=env, cwd=cwd)
     return finished
 
 
-def failure(argv: Sequence[str], finished: Finished) -> ProcessFailed:
+def pasteable(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """The program as a line for a shell."""
+    settings = ["env", *(f"{name}={value}" for name, value in env.items())] if env else []
+    line = shlex.join([*settings, *argv])
+    return line if cwd is None else f"cd {shlex.quote(str(cwd))} && {line}"
+
+
+def failure(
+    argv: Sequence[str], finished: Finished, *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> ProcessFailed:
     """The error of a program that failed: its last lines, and a command to paste."""
-    lines = (finished.stderr or finished.stdout).decode(errors="replace").strip().splitlines()
-    said = "; ".join(line.strip() for line in lines[-4:]) or "it said nothing"
+    lines = (finished.stderr or finished.stdout)[-LONGEST_LINE:].decode(errors="replace").strip().splitlines()
+    said = "; ".join(_cut(line.strip(), 500) for line in lines[-4:]) or "it said nothing"
     how = f"exit code {finished.exit_code}" if finished.exit_code >= 0 else f"signal {-finished.exit_code}"
-    return ProcessFailed(f"{Path(argv[0]).name} failed ({how})", said, f"To see it again: {shlex.join(argv)}")
+    again = f"To see it again: {pasteable(argv, env=env, cwd=cwd)}"
+    return ProcessFailed(f"{Path(argv[0]).name} failed ({how})", said, again)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 @contextlib.asynccontextmanager
 async def _ended_with_us(process: asyncio.subprocess.Process) -> AsyncIterator[None]:
+    """When what is inside is broken off, the program's whole group ends: its children may outlive it, or not listen."""
     try:
         yield
-    finally:
-        if process.returncode is None:
-            _signal_group(process.pid, signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.shield(asyncio.wait_for(process.wait(), GRACE))
-        if process.returncode is None:
+    except BaseException:
+        _signal_group(process.pid, signal.SIGTERM)
+        try:
+            await _wait(process)
+        finally:
+            # Also when a second cancel cuts the wait short.
             _signal_group(process.pid, signal.SIGKILL)
-            await asyncio.shield(process.wait())
+        await _wait(process)
+        raise
+
+
+async def _wait(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), GRACE)
 
 
 def _signal_group(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
 
@@ -137,12 +167,19 @@ async def _communicate(
         assert process.stderr is not None
         if on_line is None:
             return await process.stderr.read()
-        kept: list[bytes] = []
-        with contextlib.suppress(asyncio.LimitOverrunError, ValueError):
-            async for line in process.stderr:
+        kept: deque[bytes] = deque(maxlen=200)
+        pending = b""
+        while chunk := await process.stderr.read(1 << 16):
+            *lines, pending = (pending + chunk).split(b"\n")
+            if len(pending) >= LONGEST_LINE:
+                lines, pending = [*lines, pending], b""
+            for line in lines:
                 kept.append(line)
                 on_line(line.decode(errors="replace").rstrip())
-        return b"".join(kept[-200:])
+        if pending:
+            kept.append(pending)
+            on_line(pending.decode(errors="replace").rstrip())
+        return b"\n".join(kept)
 
     async def feed() -> None:
         if stdin is None or process.stdin is None:
