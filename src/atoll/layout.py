@@ -78,6 +78,11 @@ class Layout:
         return self.data / "atoll.db"
 
     @property
+    def reserve(self) -> Path:
+        """Room on the disk that the records get when there is no other."""
+        return self.data / "reserve"
+
+    @property
     def layers(self) -> Path:
         """Frozen disk layers, mode 0444, named `{id}.qcow2`."""
         return self.data / "layers"

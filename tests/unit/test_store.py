@@ -19,7 +19,7 @@ from atoll.errors import AlreadyExists, NotFound, RecordsFailed
 from atoll.model.operation import StepRecord
 from atoll.model.spec import PortSpec
 from atoll.model.vm import Event
-from atoll.store import sqlite
+from atoll.store import database, sqlite
 from atoll.store.schema import MIGRATIONS
 from atoll.store.sqlite import SqliteRecords
 
@@ -84,7 +84,7 @@ def test_the_next_migration_runs_once_on_data_that_is_there(path: Path, monkeypa
         put_everything(records)
         before = everything(records)
     column = "ALTER TABLE layers ADD COLUMN seen INTEGER NOT NULL DEFAULT 7; CREATE INDEX by_seen ON layers(seen);"
-    monkeypatch.setattr(sqlite, "MIGRATIONS", (*MIGRATIONS, column))
+    monkeypatch.setattr(database, "MIGRATIONS", (*MIGRATIONS, column))
     for _ in range(2):
         with opened(path) as records:
             assert everything(records) == before
@@ -99,7 +99,7 @@ def test_a_migration_that_fails_half_way_leaves_the_database_as_it_was(
         put_everything(records)
     schema = sql(path, "SELECT sql FROM sqlite_schema")
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite, "MIGRATIONS", (*MIGRATIONS, "CREATE TABLE more (id TEXT); DROP TABLE absent;"))
+        patch.setattr(database, "MIGRATIONS", (*MIGRATIONS, "CREATE TABLE more (id TEXT); DROP TABLE absent;"))
         with pytest.raises(RecordsFailed, match="no such table: absent"):
             SqliteRecords(path)
     assert sql(path, "SELECT sql FROM sqlite_schema") == schema

@@ -202,7 +202,7 @@ def test_a_damaged_event_is_told(path: Path, records: SqliteRecords, junk: bytes
 
 def test_a_full_disk_is_told_as_one_and_the_connection_goes_on(records: SqliteRecords) -> None:
     put_everything(records)
-    db = records._connection
+    db = records._db.connection
     pages = db.execute("PRAGMA page_count").fetchone()[0]
     # SQLite's own bound of the file's size fails as a full disk does.
     db.execute(f"PRAGMA max_page_count = {pages}")

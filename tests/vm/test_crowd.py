@@ -24,7 +24,7 @@ def names() -> list[str]:
 
 @pytest.mark.parametrize("attended", [5, pytest.param(20, marks=pytest.mark.slow)])
 async def test_twenty_runs_at_once_all_succeed(attended: int, layout: Layout, with_image: PutImage) -> None:
-    """Some run a command in a guest; the others' guests are empty PCs, since twenty boots take a minute of two cores."""
+    """Some run a command in a guest; the others' guests are empty PCs, since twenty boots take a minute."""
     await with_image("tiny")
     with_command = ("run", *SMALL, "--", "sh", "-c", 'echo "here is $(hostname)"')
     detached = ("run", "--detach", "--disk-size", "1MiB", "--display", "none", "--memory", "96MiB", "--quiet")

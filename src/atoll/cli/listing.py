@@ -60,9 +60,9 @@ def _row(info: VmInfo) -> tuple[str, ...]:
 
 
 def _state(info: VmInfo) -> str:
-    """The phase, with what is being done to it, or why it ended if not on demand."""
-    if info.operation:
-        return f"{info.phase} ({info.operation})"
+    """The phase, with what is being done to it, or why it is in it if not on demand."""
+    if info.operation or info.trouble:
+        return f"{info.phase} ({info.operation or info.trouble})"
     if info.exit and info.exit.reason not in ("stopped", "guest-shutdown"):
         return f"{info.phase} ({info.exit.reason})"
     return str(info.phase)
@@ -111,6 +111,7 @@ def _description(info: VmInfo) -> list[tuple[str, str]]:
         ("Name", vm.name),
         ("Id", vm.id),
         ("State", _state(info)),
+        ("To go on", _way_on(info)),
         ("Last end", _last_end(info)),
         ("Last lines", info.vm.last_exit.last_lines if info.vm.last_exit else ""),
         ("Image", vm.image),
@@ -128,6 +129,12 @@ def _description(info: VmInfo) -> list[tuple[str, str]]:
         ("At next start", "changed settings take effect" if vm.pending else ""),
         ("When stopped", "it is removed" if vm.remove_when_stopped else ""),
     ]
+
+
+def _way_on(info: VmInfo) -> str:
+    if info.trouble != "disk-full":
+        return ""
+    return f"free some space on this computer's disk, then `atoll resume {info.vm.name}`; what it writes is kept"
 
 
 def _last_end(info: VmInfo) -> str:

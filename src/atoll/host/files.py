@@ -51,12 +51,21 @@ def freeze(temporary: Path, final: Path) -> None:
 
 
 def make_folder(path: Path, mode: int = 0o700) -> Path:
-    """The folder, made with its parents if it isn't there. Raises `StorageFailed`."""
+    """The folder, made with its parents if it isn't there, for this user only. Raises `StorageFailed`."""
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=mode)
+        _make_all(path, mode)
     except OSError as error:
         raise from_os_error(error, f"make the folder {path}") from error
     return path
+
+
+def _make_all(path: Path, mode: int) -> None:
+    # `mkdir(parents=True)` would open the parents to everyone.
+    try:
+        path.mkdir(mode=mode, exist_ok=True)
+    except FileNotFoundError:
+        _make_all(path.parent, mode)
+        path.mkdir(mode=mode, exist_ok=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -68,14 +77,23 @@ def sha256_of(path: Path) -> str:
         raise from_os_error(error, f"read {path}") from error
 
 
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock file, which is made with its folder if it isn't there. Raises `StorageFailed`."""
+    make_folder(path.parent)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise from_os_error(error, f"open {path}") from error
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold an exclusive `flock` on `path`; yields whether it was got (always true when waiting).
 
     The lock goes with the process, whatever kills it; the file stays, since removing it would let two holders in.
+    Raises `StorageFailed`.
     """
-    make_folder(path.parent)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_lock(path)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

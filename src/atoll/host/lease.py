@@ -8,17 +8,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from atoll.errors import Busy
-from atoll.host.files import make_folder
+from atoll.host.files import open_lock
 
 
 @contextlib.asynccontextmanager
 async def lease(path: Path, *, what: str, timeout: float) -> AsyncIterator[None]:
-    """Hold the lock at `path`. Raises `Busy` when another process or task has kept it for `timeout` seconds.
+    """Hold the lock at `path`. Raises `StorageFailed`, or `Busy` when another process or task has kept it for `timeout`
+    seconds.
 
     A lock has no event to wait for without a thread that can't be cancelled, hence the growing pauses.
     """
-    make_folder(path.parent)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_lock(path)
     try:
         deadline = asyncio.get_running_loop().time() + timeout
         pause = 0.002

@@ -21,8 +21,9 @@ class Phase(StrEnum):
     STARTING = "starting"
     RUNNING = "running"
     PAUSED = "paused"
+    """The guest stands still and can go on: somebody paused it, or it waits for room on the host's disk."""
     CRASHED = "crashed"
-    """The process lives, the guest doesn't: QEMU reports `internal-error`, `io-error` or `guest-panicked`."""
+    """The process lives, the guest doesn't: QEMU reports `internal-error`, `watchdog` or `guest-panicked`."""
     UNKNOWN = "unknown"
 
 
@@ -55,15 +56,30 @@ _RUN_STATES: dict[str, Phase] = {
     "colo": Phase.RUNNING,
     "watchdog": Phase.CRASHED,
     "internal-error": Phase.CRASHED,
-    "io-error": Phase.CRASHED,
+    "io-error": Phase.PAUSED,
     "guest-panicked": Phase.CRASHED,
     "shutdown": Phase.STOPPED,
+}
+
+Trouble = Literal["disk-full", "guest-panic", "internal-error", "watchdog"]
+# By QEMU's default only a write for which the host has no space (ENOSPC) stops a guest; it is kept and tried again when
+# the guest goes on. Other errors of disks are told to the guest.
+_TROUBLES: dict[str, Trouble] = {
+    "io-error": "disk-full",
+    "guest-panicked": "guest-panic",
+    "internal-error": "internal-error",
+    "watchdog": "watchdog",
 }
 
 
 def phase_of_run_state(run_state: str) -> Phase:
     """The phase of a QEMU that answered `query-status` with this state."""
     return _RUN_STATES.get(run_state, Phase.UNKNOWN)
+
+
+def trouble_of_run_state(run_state: str) -> Trouble | None:
+    """Why a guest stands still that nobody stopped."""
+    return _TROUBLES.get(run_state)
 
 
 def require(name: str, phase: Phase, verb: Verb) -> None:

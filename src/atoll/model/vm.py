@@ -6,7 +6,7 @@ from msgspec import Struct, field
 
 from atoll.model.names import SHORT_ID
 from atoll.model.spec import VmSpec
-from atoll.model.state import Phase
+from atoll.model.state import Phase, Trouble
 
 
 class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +81,8 @@ class VmInfo(Struct, frozen=True, kw_only=True):
     operation: str | None = None
     """The verb that works on it at this moment."""
     exit: Exit | None = None
+    trouble: Trouble | None = None
+    """Why it is paused or crashed, when nobody asked for that."""
 
 
 class Stats(Struct, frozen=True, kw_only=True):

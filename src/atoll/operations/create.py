@@ -127,7 +127,9 @@ async def _record(context: Context[Vm]) -> None:
 
 
 async def _unrecord(context: Context[Vm]) -> None:
-    context.services.records.remove_vm(context.subject)
+    # On a full disk it can be seen that there is nothing to remove, and not be written.
+    if context.services.records.vm(context.subject) is not None:
+        context.services.records.remove_vm(context.subject)
 
 
 async def _files(context: Context[Vm]) -> None:

@@ -70,8 +70,9 @@ class Slot:
         return relay
 
     def remember(self, relay: Relay) -> None:
-        # A half-written memory after a crash is no memory, and then the relays are made anew.
-        self._file.write_bytes(msgspec.json.encode(relay))
+        # A half-written memory, after a crash or on a full disk, is no memory, and then the relays are made anew.
+        with contextlib.suppress(OSError):
+            self._file.write_bytes(msgspec.json.encode(relay))
 
     def _remembered(self) -> Relay | None:
         try:

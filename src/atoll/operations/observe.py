@@ -16,10 +16,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from atoll.errors import RecordsFailed, StorageFailed
 from atoll.host import facts
 from atoll.host.sockets import connect
 from atoll.layout import Layout, VmPaths
-from atoll.model.state import Phase, phase_of_run_state
+from atoll.model.state import Phase, Trouble, phase_of_run_state, trouble_of_run_state
 from atoll.model.vm import Exit, Vm, VmInfo
 from atoll.operations.services import Services
 
@@ -52,25 +53,19 @@ def observe(services: Services, vms: Iterable[Vm], working: dict[str, str]) -> l
     """Ask all running ones at once, then put the answers together."""
     everyone = list(vms)
     alive = [vm for vm in everyone if vm.run is not None and facts.is_alive(vm.run)]
-    phases = _ask(alive, services.layout)
+    answers = _ask(alive, services.layout)
     found = []
     for vm in everyone:
-        if vm.run is None:
-            phase = Phase.STOPPED
-        elif vm.id in phases:
-            phase = phases[vm.id]
-        else:
-            phase, vm = Phase.STOPPED, record_end(services, vm)
-        found.append(
-            VmInfo(
-                vm=vm, phase=phase, operation=working.get(vm.id), exit=vm.last_exit if phase is Phase.STOPPED else None
-            )
-        )
+        if vm.run is not None and vm.id not in answers:
+            vm = record_end(services, vm)
+        phase, trouble = answers.get(vm.id, (Phase.STOPPED, None))
+        ended = vm.last_exit if phase is Phase.STOPPED else None
+        found.append(VmInfo(vm=vm, phase=phase, operation=working.get(vm.id), exit=ended, trouble=trouble))
     return found
 
 
-def _ask(vms: list[Vm], layout: Layout) -> dict[str, Phase]:
-    phases = {vm.id: Phase.UNKNOWN for vm in vms}
+def _ask(vms: list[Vm], layout: Layout) -> dict[str, tuple[Phase, Trouble | None]]:
+    answers: dict[str, tuple[Phase, Trouble | None]] = {vm.id: (Phase.UNKNOWN, None) for vm in vms}
     poll = select.poll()
     asked: dict[int, tuple[socket.socket, str, bytearray]] = {}
     try:
@@ -89,33 +84,40 @@ def _ask(vms: list[Vm], layout: Layout) -> dict[str, Phase]:
                 with contextlib.suppress(OSError):
                     more = client.recv(65536)
                 received += more
-                phase = _answered(bytes(received))
-                if phase is not None or not more:
-                    phases[vm_id] = phase or Phase.UNKNOWN
+                run_state = _answered(bytes(received))
+                if run_state is not None or not more:
+                    answers[vm_id] = phase_of_run_state(run_state or ""), trouble_of_run_state(run_state or "")
                     waiting.discard(descriptor)
                     poll.unregister(descriptor)
     finally:
         for client, _, _ in asked.values():
             client.close()
-    return phases
+    return answers
 
 
-def _answered(received: bytes) -> Phase | None:
+def _answered(received: bytes) -> str | None:
+    """QEMU's run state, once it has been told."""
     for line in received.splitlines(keepends=True):
         if line.endswith(b"\n") and b'"status"' in line:
             message = json.loads(line)
             if message.get("id") == "status":
-                return phase_of_run_state(message["return"]["status"])
+                return str(message["return"]["status"])
     return None
 
 
 def record_end(services: Services, vm: Vm) -> Vm:
-    """Write down that the process is gone and why, unless an operation holds the VM and will do it itself."""
+    """Write down that the process is gone and why, unless an operation holds the VM and will do it itself.
+
+    Where nothing can be written, the next command will see the same.
+    """
     from atoll.host.files import locked
 
     end = evidence(vm, services.layout.vm(vm.id))
     ended = replace(vm, run=None, last_exit=end)
-    with locked(services.layout.vm_lock(vm.id), wait=False) as ours:
+    with (
+        contextlib.suppress(StorageFailed, RecordsFailed),
+        locked(services.layout.vm_lock(vm.id), wait=False) as ours,
+    ):
         current = services.records.vm(vm.id) if ours else None
         if current is not None and current.run == vm.run:
             ended = replace(current, run=None, last_exit=end)

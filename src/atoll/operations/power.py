@@ -9,7 +9,7 @@ A VM that is paused already is left out beforehand, so what is undone is what wa
 
 from msgspec import Struct
 
-from atoll.errors import WrongState
+from atoll.errors import StorageFailed, TimedOut, WrongState
 from atoll.host.sockets import connect
 from atoll.model.state import Phase, require
 from atoll.model.vm import Vm
@@ -17,6 +17,9 @@ from atoll.operations import observe
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Services
 from atoll.qemu.monitor import Monitor
+
+STOPS_AGAIN = 0.5
+"""Seconds within which a guest that goes on, though the disk is still full, has stopped again."""
 
 
 class PowerRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,8 +62,25 @@ async def _resume(context: Context[PowerRequest]) -> None:
     if phase is Phase.RUNNING:
         return
     require(context.vm.name, phase, "resume")
-    async with control(context.services, context.vm) as monitor:
+    await go_on(context.services, context.vm)
+
+
+async def go_on(services: Services, vm: Vm) -> None:
+    """Let a paused guest go on. Raises `StorageFailed` when the disk is full on which it waits for room."""
+    waits_for_room = observe.observe_one(services, vm).trouble == "disk-full"
+    async with control(services, vm) as monitor, monitor.events(["STOP"]) as stops:
         await monitor.execute("cont")
+        if not waits_for_room:
+            return
+        try:
+            await stops.next(timeout=STOPS_AGAIN)
+        except TimedOut:
+            return
+    raise StorageFailed(
+        f"{vm.name}: it can't go on",
+        "this computer's disk is full, and what it writes waits for room",
+        f"Free some space (`atoll image prune`), then `atoll resume {vm.name}`.",
+    )
 
 
 async def _unpause(context: Context[PowerRequest]) -> None:

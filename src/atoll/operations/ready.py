@@ -123,9 +123,10 @@ async def _agent_openings(vm: Vm, paths: VmPaths) -> AsyncIterator[bool]:
     async for chunk in _until_exit(vm, paths.event_log):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            if b"VSERPORT_CHANGE" in line:
-                data = json.loads(line)["data"]
-                if data["id"] == "port-agent":
+            # On a full disk a line may have lost its end.
+            with contextlib.suppress(ValueError, KeyError):
+                data = json.loads(line)["data"] if b"VSERPORT_CHANGE" in line else {}
+                if data.get("id") == "port-agent":
                     yield bool(data["open"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atoll import layout as layouts
-from atoll.errors import NotFound
+from atoll.errors import NotFound, StorageFailed
 from atoll.layout import Layout
 from atoll.model import names
 from atoll.model.operation import Progress
@@ -32,7 +32,7 @@ class Services:
 
     @cached_property
     def records(self) -> Records:
-        return SqliteRecords(self.layout.database, wake=self.layout.wake)
+        return SqliteRecords(self.layout.database, wake=self.layout.wake, reserve=self.layout.reserve)
 
     def close(self) -> None:
         if "records" in self.__dict__:
@@ -71,8 +71,10 @@ class Services:
         known = probe.cached(binary, self.layout.capabilities)
         if known is None:
             known = await probe.probe(binary)
-            files.make_folder(self.layout.capabilities)
-            files.write_atomically(self.layout.capabilities / f"{binary.name}.json", msgspec.json.encode(known))
+            # Where it can't be kept, the next command asks again.
+            with contextlib.suppress(StorageFailed):
+                files.make_folder(self.layout.capabilities)
+                files.write_atomically(self.layout.capabilities / f"{binary.name}.json", msgspec.json.encode(known))
         return known
 
     async def accelerator(self, choice: "AcceleratorChoice", caps: "Capabilities") -> str:

@@ -20,7 +20,7 @@ from atoll.host.watch import wait_for_exit
 from atoll.model.operation import Progress
 from atoll.model.state import Phase
 from atoll.model.vm import Exit, Vm
-from atoll.operations import guest_setup, observe
+from atoll.operations import guest_setup, observe, power
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Report, Services
 from atoll.operations.start import kill, kill_strays
@@ -76,7 +76,7 @@ async def _ask(context: Context[StopRequest], vm: Vm, gone: "asyncio.Future[None
     if phase is Phase.CRASHED:
         return "its guest had crashed"
     if phase is Phase.PAUSED:
-        await _resume(context.services, vm)
+        await power.go_on(context.services, vm)
     if vm.spec.guest.agent and await _agent_took_it(context, vm):
         context.report(Progress(step="the guest shuts down", total=timeout, unit="seconds"))
         if await _is_gone(gone, min(timeout, max(timeout / 2, timeout - 20))):
@@ -101,11 +101,6 @@ async def _agent_took_it(context: Context[StopRequest], vm: Vm) -> bool:
     except AtollError:
         return False
     return True
-
-
-async def _resume(services: Services, vm: Vm) -> None:
-    async with Monitor(connect(services.layout.vm(vm.id).socket("control"))) as monitor:
-        await monitor.execute("cont")
 
 
 async def _is_gone(gone: "asyncio.Future[None]", seconds: float) -> bool:

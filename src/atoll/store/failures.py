@@ -9,6 +9,15 @@ from pathlib import Path
 import msgspec
 
 from atoll.errors import RecordsFailed
+from atoll.host.facts import free_disk
+from atoll.store.reserve import LOW
+
+_UNWRITABLE = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")
+
+
+def can_only_be_read(error: RecordsFailed) -> bool:
+    """Whether a database may be sound though it couldn't be opened: the disk is full, or this user may not write."""
+    return getattr(error.__cause__, "sqlite_errorname", "").startswith(_UNWRITABLE)
 
 
 @contextlib.contextmanager
@@ -32,7 +41,7 @@ def told(path: Path) -> Iterator[None]:
 def _explained(path: Path, error: sqlite3.DatabaseError) -> tuple[str, str]:
     """Why, and what to do next."""
     name = getattr(error, "sqlite_errorname", "")
-    if name == "SQLITE_FULL":
+    if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and free_disk(path.parent) < LOW):
         return "the disk is full", "Free some space (`atoll image prune`), then try again."
     if os.path.isdir(path):  # noqa: PTH112  # unlike `Path.is_dir`, it doesn't raise where we may not look
         return "it is a folder", "Move it away, or set ATOLL_HOME."

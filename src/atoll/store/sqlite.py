@@ -13,15 +13,13 @@ from typing import Any
 
 import msgspec
 
-from atoll.errors import AlreadyExists, NotFound, RecordsFailed, from_os_error
+from atoll.errors import AlreadyExists, NotFound
 from atoll.model.image import Image, Layer
 from atoll.model.operation import Operation
 from atoll.model.vm import Event, Vm
+from atoll.store.database import Database
 from atoll.store.failures import told
-from atoll.store.schema import MIGRATIONS
 
-WAIT_FOR_WRITERS = 60.0
-"""Seconds that a transaction waits for those of other processes."""
 KEPT_OPERATIONS = 2000
 KEPT_EVENTS = 20000
 
@@ -36,69 +34,18 @@ _encode = msgspec.json.Encoder().encode
 class SqliteRecords:
     """The embedded `Records`."""
 
-    def __init__(self, path: Path, *, wake: Path | None = None) -> None:
-        """Open the database, making or upgrading it. Raises `RecordsFailed` or `StorageFailed`."""
+    def __init__(self, path: Path, *, wake: Path | None = None, reserve: Path | None = None) -> None:
+        """Open the database, making or upgrading it. Raises `RecordsFailed` or `StorageFailed`.
+
+        Where it can only be read (a full disk, another user's), what would change it raises.
+        """
         self._path = path
         self._wake = wake
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise from_os_error(error, f"make the folder {path.parent}") from error
-        with told(self._path):
-            self._connection = sqlite3.connect(
-                path, timeout=WAIT_FOR_WRITERS, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._connection.execute("PRAGMA foreign_keys = ON")
-                self._connection.execute("PRAGMA synchronous = FULL")
-                self._migrate()
-            except BaseException:
-                self._connection.close()
-                raise
+        self._db = Database(path, reserve=reserve)
+        self._transaction, self._rows = self._db.transaction, self._db.rows
 
     def close(self) -> None:
-        self._connection.close()
-
-    def _migrate(self) -> None:
-        if self._version() == len(MIGRATIONS):
-            return
-        # Setting the mode writes, so it comes after the first look; the second one sees what others did meanwhile.
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        with self._transaction() as db:
-            version = self._version()
-            for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-                for statement in script.split(";"):
-                    if statement.strip():
-                        db.execute(statement)
-                db.execute(f"PRAGMA user_version = {number}")
-
-    def _version(self) -> int:
-        """The number of the database's schema. Raises `RecordsFailed` for one that only a newer Atoll knows."""
-        version = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
-        if version > len(MIGRATIONS):
-            raise RecordsFailed(
-                f"{self._path} is of a newer Atoll",
-                f"its schema is number {version}, this Atoll knows up to {len(MIGRATIONS)}",
-                "Upgrade with `pip install --upgrade atoll`.",
-            )
-        return version
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with told(self._path):
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                # After some errors, a full disk for one, SQLite has rolled back already.
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
-
-    def _rows(self, query: str, *values: Any) -> list[Any]:
-        with told(self._path):
-            return self._connection.execute(query, values).fetchall()
+        self._db.connection.close()
 
     # VMs
 
