@@ -86,6 +86,9 @@ class Monitor:
         except (ConnectError, QMPError, OSError) as error:
             self._connection.close()
             raise EngineFailed("QEMU ended before it answered", str(error)) from error
+        except BaseException:
+            self._connection.close()
+            raise
         self._pump = asyncio.create_task(self._deliver())
         self._watch = asyncio.create_task(self._wake_at_end())
         return self

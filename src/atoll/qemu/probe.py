@@ -1,7 +1,10 @@
 """Asks a real QEMU what it can do, over QMP, without a machine. About 0.1 s; cached by the binary's identity."""
 
 import asyncio
+import contextlib
+import os
 import platform
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from atoll.errors import EngineFailed, MissingTool, Unsupported
+from atoll.errors import EngineFailed, MissingTool, TimedOut, Unsupported
 from atoll.model.launch import Capabilities
 from atoll.model.spec import Arch
 from atoll.qemu.monitor import Monitor
@@ -21,6 +24,8 @@ BINARIES: dict[Arch, str] = {
 }
 OLDEST = (8, 2, 0)
 """The oldest QEMU that has what the plans use (design.md)."""
+ANSWER_TIME = 10.0
+"""Seconds in which a QEMU has to greet, and to end when it was told to."""
 
 
 def host_arch() -> Arch:
@@ -61,28 +66,29 @@ async def probe(binary: Path) -> Capabilities:
             binary, "-nodefaults", "-no-user-config", "-machine", "none", "-display", "none",
             "-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control",
             pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )  # fmt: skip
     except OSError as error:
+        ours.close()
         raise MissingTool(
             f"{binary} can't be run", str(error), "Install QEMU: `sudo apt-get install qemu-system`."
         ) from error
     finally:
         theirs.close()
     try:
-        async with Monitor(ours) as monitor:
+        async with Monitor(ours, timeout=ANSWER_TIME) as monitor:
             capabilities = await _ask(monitor, binary)
             await monitor.execute("quit")
-    except EngineFailed as error:
-        assert process.stderr is not None
-        said = (await process.stderr.read()).decode(errors="replace").strip()
-        raise EngineFailed(f"{binary} can't be asked what it can do", said or error.why) from error
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), ANSWER_TIME)
+    except (EngineFailed, TimedOut) as error:
+        await _end(process)
+        said = await _last_words(process)
+        raise EngineFailed(
+            f"{binary} can't be asked what it can do", said or f"{error.what}: {error.why}", "Run `atoll doctor`."
+        ) from error
     finally:
-        if process.returncode is None:
-            try:
-                await asyncio.wait_for(process.wait(), 5)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
+        await _end(process)
     if capabilities.version < OLDEST:
         raise Unsupported(
             f"{binary} is version {capabilities.version_text}",
@@ -90,6 +96,24 @@ async def probe(binary: Path) -> Capabilities:
             "Install a newer QEMU (on Debian 12 from the backports suite: `./dev setup`).",
         )
     return capabilities
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """With what it started: the binary may be a script around QEMU."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), 1)
+
+
+async def _last_words(process: asyncio.subprocess.Process) -> str:
+    assert process.stderr is not None
+    try:
+        said = await asyncio.wait_for(process.stderr.read(), 1)
+    except TimeoutError:
+        return ""
+    return said.decode(errors="replace").strip()[-500:]
 
 
 async def _ask(monitor: Monitor, binary: Path) -> Capabilities:
