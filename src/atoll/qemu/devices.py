@@ -110,7 +110,7 @@ def format_node(name: str, driver: str, file: str, *, read_only: bool, backing: 
 def disk_devices(spec: VmSpec, disk: DiskSpec, *, boot_index: int | None, bus: str | None = None) -> list[Properties]:
     """The device of a disk, after its controller if it is the first to need it. `bus` is a hot-plug port."""
     device: Properties = {"id": disk_id(disk.name), "drive": disk.name}
-    if boot_index is not None:
+    if boot_index is not None and disk.bus != "floppy":
         device["bootindex"] = boot_index
     match disk.bus:
         case "virtio":
@@ -143,8 +143,11 @@ def controllers(spec: VmSpec) -> list[Properties]:
         found.append(on_root_bus(spec, _modern("virtio-scsi-pci") | {"id": "scsi"}))
     if any(disk.bus == "sata" for disk in spec.disks) and spec.machine != "q35":
         found.append(on_root_bus(spec, {"driver": "ahci", "id": "ahci"}))
-    if any(disk.bus == "floppy" for disk in spec.disks):
-        found.append({"driver": "isa-fdc", "id": "floppies"})
+    floppies = [index for index, disk in enumerate(spec.disks, start=1) if disk.bus == "floppy"]
+    if floppies:
+        # The place of its drives in the boot order is told to the controller.
+        order = {f"bootindex{drive}": index for drive, index in zip("AB", floppies, strict=False)}
+        found.append({"driver": "isa-fdc", "id": "floppies"} | order)
     return found
 
 
