@@ -11,8 +11,8 @@ from pathlib import Path
 
 from atoll.layout import Layout
 from atoll.model.launch import LaunchPlan
+from atoll.operations.boot import make_plan
 from atoll.operations.services import Services
-from atoll.operations.start import make_plan
 from bench.wire import Wire, negotiate
 
 FLAGS = {"read": os.O_RDONLY, "read-write": os.O_RDWR, "append": os.O_WRONLY | os.O_APPEND | os.O_CREAT}

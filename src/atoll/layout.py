@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.errors import InvalidInput
+from atoll.model.spec import DiskSpec
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class VmPaths:
     home: Path
     run: Path
 
-    def disk(self, name: str) -> Path:
-        """The writable head of one disk."""
-        return self.home / f"{name}.qcow2"
+    def head(self, disk: DiskSpec) -> Path:
+        """The writable head of one disk. A new head has another name, so that both can be there for a moment."""
+        return self.home / f"{disk.name}.{disk.head[:8]}.qcow2"
 
     @property
     def nvram(self) -> Path:
@@ -97,6 +98,14 @@ class Layout:
 
     def blob(self, sha256: str) -> Path:
         return self.blobs / sha256
+
+    @property
+    def memory(self) -> Path:
+        """Memory of snapshots and of suspended VMs: sparse files, mode 0444, named by their ids."""
+        return self.data / "memory"
+
+    def memory_file(self, memory_id: str) -> Path:
+        return self.memory / memory_id
 
     @property
     def temporary(self) -> Path:

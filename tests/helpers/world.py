@@ -10,6 +10,7 @@ from atoll.model.state import Phase
 from atoll.model.vm import Vm
 from atoll.operations import observe
 from atoll.operations.services import Services
+from atoll.qemu import devices
 from atoll.qemu.monitor import Monitor
 
 
@@ -53,7 +54,8 @@ def _of_images(layout: Layout, services: Services) -> list[str]:
 
 
 def _of_files(layout: Layout, vm: Vm) -> list[str]:
-    heads = {f"{disk.name}.qcow2" for spec in (vm.spec, vm.pending) if spec for disk in spec.disks if not disk.blob}
+    paths = layout.vm(vm.id)
+    heads = {paths.head(disk).name for spec in (vm.spec, vm.pending) if spec for disk in spec.disks if not disk.blob}
     there = {name for name in _names(layout.vm(vm.id).home) if name.endswith((".qcow2", ".tmp"))}
     return _compared(f"{vm.name}: disk file", there, heads)
 
@@ -72,7 +74,7 @@ async def _of_process(services: Services, vm: Vm) -> list[str]:
 async def _of_devices(vm: Vm, monitor: Monitor) -> list[str]:
     blocks = await monitor.execute("query-block")
     disks = {block["inserted"]["node-name"] for block in blocks if block.get("inserted")} - {"seed-iso"}
-    found = _compared(f"{vm.name}: plugged disk", disks, {disk.name for disk in vm.spec.disks})
+    found = _compared(f"{vm.name}: plugged disk", disks, {devices.head_node(disk) for disk in vm.spec.disks})
     rules = await monitor.execute("human-monitor-command", {"command-line": "info usernet"})
     forwarded = {line.split()[3] for line in rules.splitlines() if "HOST_FORWARD" in line}
     ports = {str(port.host_port) for nic in vm.spec.nics for port in nic.ports}

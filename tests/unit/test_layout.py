@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from atoll.errors import InvalidInput
 from atoll.layout import Layout, VmPaths, find
+from atoll.model.spec import DiskSpec
 from atoll.qemu.devices import channel_names
 from atoll.qemu.plan import MONITORS
 
@@ -83,7 +84,12 @@ def test_the_environment_of_this_process_is_the_default(monkeypatch: pytest.Monk
 # Paths within
 
 LAYOUT = Layout(data=Path("/data"), cache=Path("/cache"), run=Path("/run"))
-DISK_NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,19}", fullmatch=True)
+DISKS = st.builds(
+    DiskSpec,
+    name=st.from_regex(r"[a-z][a-z0-9-]{0,19}", fullmatch=True),
+    size=st.just(1),
+    head=st.sampled_from(["a" * 32, "b" * 32]),
+)
 
 
 def properties(thing: Layout | VmPaths) -> dict[str, Path]:
@@ -101,27 +107,28 @@ def test_each_thing_has_a_path_of_its_own() -> None:
         *(path for vm in vms for path in (vm.home, vm.run, *properties(vm).values())),
         *(vm.socket(name) for vm in vms for name in sockets),
         *(vm.lock(name) for vm in vms for name in sockets),
-        *(vm.disk(name) for vm in vms for name in ("root", "data1")),
+        *(vm.head(DiskSpec(name=name, size=1, head="ab" * 16)) for vm in vms for name in ("root", "data1")),
         *(LAYOUT.vm_lock(letter * 32) for letter in "ab"),
         LAYOUT.layer("c"),
         LAYOUT.blob("d"),
+        LAYOUT.memory_file("e"),
     ]
     assert len(set(paths)) == len(paths)
     assert {path.parts[1] for path in paths} == {"data", "cache", "run"}
 
 
 def test_what_is_renamed_into_place_is_on_the_same_file_system() -> None:
-    for folder in (LAYOUT.layers, LAYOUT.blobs, LAYOUT.temporary):
+    for folder in (LAYOUT.layers, LAYOUT.blobs, LAYOUT.memory, LAYOUT.temporary):
         assert folder.parent == LAYOUT.data
 
 
-@given(DISK_NAMES, DISK_NAMES)
-def test_disks_have_files_of_their_own_whatever_their_names(one: str, other: str) -> None:
+@given(DISKS, DISKS)
+def test_heads_have_files_of_their_own_whatever_the_names_of_disks(one: DiskSpec, other: DiskSpec) -> None:
     vm = LAYOUT.vm("a" * 32)
     taken = {vm.nvram, vm.seed, vm.logs, *properties(vm).values()}
-    assert vm.disk(one).parent == vm.home
-    assert vm.disk(one) not in taken
-    assert (vm.disk(one) == vm.disk(other)) == (one == other)
+    assert vm.head(one).parent == vm.home
+    assert vm.head(one) not in taken
+    assert (vm.head(one) == vm.head(other)) == (one == other)
 
 
 def test_looking_makes_nothing(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from atoll.model.launch import Capabilities, Firmware, LaunchPlan
 from atoll.model.spec import BootSpec, CpuSpec, DiskSpec, GuestSpec, NicSpec, PortSpec, SeedSpec, VmSpec
 from atoll.model.units import GIB, MIB
 from atoll.model.vm import Vm
-from atoll.qemu.devices import assign_addresses
-from atoll.qemu.plan import PlanInputs, plan
+from atoll.qemu.devices import assign_addresses, head_node
+from atoll.qemu.plan import PlanInputs, PrivateRam, plan
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUT = Layout(data=Path("/data"), cache=Path("/cache"), run=Path("/run"))
@@ -61,7 +61,7 @@ def inputs(
     )
 
 
-ROOT = DiskSpec(name="root", size=10 * GIB, layer="above")
+ROOT = DiskSpec(name="root", size=10 * GIB, layer="above", head="f00d" * 8)
 NIC = NicSpec(name="net0", mac="52:54:00:00:00:01", ports=(PortSpec(host_port=8080, guest_port=80),))
 TINY = VmSpec(
     machine_type="pc-q35-10.0",
@@ -74,12 +74,16 @@ TINY = VmSpec(
 CASES: dict[str, PlanInputs] = {
     "q35-kernel": inputs(TINY),
     "q35-kernel-kvm": inputs(replace(TINY, cpu=CpuSpec(count=2, maximum=8, threads=2)), accelerator="kvm"),
+    "q35-kernel-fork": replace(inputs(TINY), incoming=True, ram=PrivateRam(path="/memory/m", offset=MIB)),
+    "q35-kernel-plugged-disk": inputs(
+        replace(TINY, disks=(ROOT, DiskSpec(name="hot", size=GIB, head="cafe" * 8)), addresses={"disk-hot": "hotplug0"})
+    ),
     "q35-bios-cd-floppy": inputs(
         VmSpec(
             machine_type="pc-q35-10.0",
             memory=64 * MIB,
             disks=(
-                DiskSpec(name="root", size=GIB, bus="sata"),
+                DiskSpec(name="root", size=GIB, head="beef" * 8, bus="sata"),
                 DiskSpec(name="cd0", size=MIB, blob=KERNEL, bus="sata", media="cdrom"),
                 DiskSpec(name="fd0", size=1440 * 1024, blob=INITRD, bus="floppy"),
             ),
@@ -90,7 +94,7 @@ CASES: dict[str, PlanInputs] = {
         VmSpec(
             machine_type="pc-q35-10.0",
             boot=BootSpec(firmware="uefi"),
-            disks=(replace(ROOT, bus="nvme"), DiskSpec(name="data1", size=GIB, bus="scsi")),
+            disks=(replace(ROOT, bus="nvme"), DiskSpec(name="data1", size=GIB, head="cafe" * 8, bus="scsi")),
             display="virtio",
             guest=GuestSpec(seed="nocloud"),
             seed=SeedSpec(user="me"),
@@ -147,10 +151,10 @@ def test_every_descriptor_that_the_argv_names_is_handed_over() -> None:
 def test_node_names_fit_into_qemus_limit_of_31_bytes() -> None:
     from atoll.qemu.plan import disk_nodes
 
-    disk = DiskSpec(name="x" * 20, size=GIB, layer="above")
+    disk = DiskSpec(name="x" * 20, size=GIB, layer="above", head="f00d" * 8)
     nodes = disk_nodes(disk, layout=LAYOUT, vm_id=VM_ID, layers=LAYERS, hand_over=lambda name, path, access: 1)
     assert max(len(node["node-name"]) for node in nodes) <= 31
-    assert nodes[-1]["node-name"] == disk.name
+    assert nodes[-1]["node-name"] == head_node(disk)
 
 
 def test_addresses_that_were_given_stay_when_devices_come_and_go() -> None:

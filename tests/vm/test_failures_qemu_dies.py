@@ -131,7 +131,7 @@ async def test_a_qemu_that_hung_for_a_while_is_running_again(factory: Factory, t
 
 async def test_a_qemu_that_dies_at_its_start_says_why_and_leaves_nothing(factory: Factory) -> None:
     vm = await factory.create("tiny", name="v", memory="96MiB")
-    head = factory.layout.vm(vm.id).disk("root")
+    head = factory.layout.vm(vm.id).head(vm.record.spec.disks[0])
     content = head.read_bytes()
     head.write_bytes(b"no qcow2 at all" * 100)
     with pytest.raises(EngineFailed, match=r"v: QEMU ended at its start: .*qcow2"):

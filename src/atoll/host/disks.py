@@ -1,16 +1,20 @@
-"""Making and growing qcow2 heads with qemu-img."""
+"""Making, growing and copying qcow2 files with qemu-img."""
 
 import errno
+import json
 import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from atoll.errors import ProcessFailed, from_os_error
+from atoll.errors import from_os_error
 from atoll.host import process
 from atoll.host.facts import free_disk
 
 LEAST_ROOM = 4 << 20
 """Bytes that have to be free for a new head. It takes a twentieth of that; the rest is for whoever runs already."""
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT)
+from atoll.model.operation import Progress
 
 
 async def create_head(path: Path, *, size: int, layer: Path | None) -> None:
@@ -27,16 +31,35 @@ async def create_head(path: Path, *, size: int, layer: Path | None) -> None:
     await _qemu_img(["create", "-q", *options, "--", path, str(size)], f"make the disk {path}")
 
 
+def chain_argument(layers: Sequence[Path]) -> str:
+    """A chain of layers, the lowest first, as qemu-img takes it. What the files say of each other isn't looked at."""
+    node: dict[str, object] | None = None
+    for path in layers:
+        node = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "backing": node}
+    return f"json:{json.dumps(node)}"
+
+
+async def copy_content(layers: Sequence[Path], path: Path, *, size: int, report: Callable[[Progress], None]) -> None:
+    """A new disk of `size` bytes with the content of a chain and nothing below it, in place of one that was there.
+
+    Raises `ProcessFailed`, also when the disk is full.
+    """
+    path.unlink(missing_ok=True)
+    await process.run(
+        ["qemu-img", "convert", "-p", "-t", "none", "-O", "qcow2", chain_argument(layers), path],
+        on_output=lambda output: _percent(output, report),
+    )
+    await resize(path, size)
+
+
+def _percent(output: bytes, report: Callable[[Progress], None]) -> None:
+    """qemu-img writes `    (12.34/100%)` and a carriage return, again and again."""
+    found = re.findall(rb"\(([\d.]+)/100%\)", output)
+    if found:
+        report(Progress(step="copy the disk", done=float(found[-1]), total=100, unit="percent"))
+
+
 async def resize(path: Path, size: int) -> None:
     """Grow a head that no QEMU has open. `size` is the whole new size in bytes. Raises as `create_head` does."""
-    await _qemu_img(["resize", "-q", "-f", "qcow2", "--", path, str(size)], f"grow the disk {path}")
-
-
-async def _qemu_img(words: list[str | Path], doing: str) -> None:
-    try:
-        await process.run(["qemu-img", *words], env={"LC_ALL": "C"})
-    except ProcessFailed as error:
-        for number in _REFUSALS:
-            if os.strerror(number) in error.why:
-                raise from_os_error(OSError(number, os.strerror(number)), doing) from error
-        raise
+    # Without what is below it, which may have been merged into another file since the head was made.
+    await _qemu_img(["resize", "-q", "--", chain_argument([path]), str(size)], f"grow the disk {path}")

@@ -37,13 +37,21 @@ async def changes(path: Path) -> AsyncIterator[None]:
     The first yield comes when the watch stands, so what is looked at then and later can't be missed.
     """
     make_folder(path.parent)
-    with Inotify() as inotify:
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    with Inotify(sync_timeout=0) as inotify:
         # The folder is watched, so that a file that is replaced is seen too.
         inotify.add_watch(path.parent, _CHANGES)
-        yield
-        async for event in inotify:
-            if event.name is None or str(event.name) == path.name:
-                yield
+        # The library's own waiting logs an error when it is cancelled just as something comes.
+        loop.add_reader(inotify.fd, readable.set)
+        try:
+            yield
+            while await readable.wait():
+                readable.clear()
+                while (event := inotify.sync_get()) is not None:
+                    if event.name is None or str(event.name) == path.name:
+                        yield
+        finally:
+            loop.remove_reader(inotify.fd)
 
 
 async def follow(path: Path, *, offset: int = 0, until: "asyncio.Future[None] | None" = None) -> AsyncIterator[bytes]:

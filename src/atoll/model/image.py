@@ -16,8 +16,8 @@ class Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     id: str
     virtual_size: int
     file_size: int
-    sha256: str
-    """Of the layer's file."""
+    sha256: str = ""
+    """Of the layer's file; empty until someone had to read all of it (`export`, `fsck`)."""
     parent: str | None = None
 
 

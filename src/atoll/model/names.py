@@ -47,6 +47,17 @@ def check_vm_name(name: str) -> str:
     return name
 
 
+def check_snapshot_name(name: str) -> str:
+    """The name itself, or `InvalidInput`."""
+    if not _VM_NAME.fullmatch(name):
+        raise InvalidInput(
+            f"{name!r} can't be the name of a snapshot",
+            "a name has up to 63 letters (a-z), digits, '.', '_' and '-', and starts with a letter or digit",
+            "Say more with --message.",
+        )
+    return name
+
+
 def check_image_name(name: str) -> str:
     """The name with its tag (`:latest` when none was given), or `InvalidInput`."""
     if not _IMAGE_NAME.fullmatch(name):

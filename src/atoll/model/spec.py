@@ -23,6 +23,8 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Virtual size in bytes."""
     layer: str | None = None
     """The id of the frozen layer below the head; None for a blank disk."""
+    head: str = ""
+    """The id that the head has as a layer once it is frozen; empty for a read-only disk, and in a snapshot."""
     blob: str | None = None
     """The SHA-256 of a read-only file (ISO, floppy) that is attached as it is."""
     bus: Bus = "virtio"

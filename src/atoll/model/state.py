@@ -27,7 +27,7 @@ class Phase(StrEnum):
     UNKNOWN = "unknown"
 
 
-Verb = Literal["start", "stop", "pause", "resume", "rm", "exec", "console", "reset", "hotplug"]
+Verb = Literal["start", "stop", "pause", "resume", "rm", "exec", "console", "reset", "hotplug", "snapshot"]
 
 ALLOWED: dict[Verb, frozenset[Phase]] = {
     "start": frozenset({Phase.STOPPED}),
@@ -39,6 +39,7 @@ ALLOWED: dict[Verb, frozenset[Phase]] = {
     "console": frozenset({Phase.RUNNING, Phase.PAUSED, Phase.STARTING, Phase.CRASHED}),
     "reset": frozenset({Phase.RUNNING, Phase.PAUSED, Phase.CRASHED}),
     "hotplug": frozenset({Phase.RUNNING, Phase.PAUSED}),
+    "snapshot": frozenset({Phase.STOPPED, Phase.RUNNING, Phase.PAUSED}),
 }
 
 # QEMU's RunState (qapi/run-state.json) as a phase.

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from msgspec import Struct, field
 
 from atoll.model.names import SHORT_ID
+from atoll.model.snapshot import Memory
 from atoll.model.spec import VmSpec
 from atoll.model.state import Phase, Trouble
 
@@ -59,6 +60,12 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     last_exit: Exit | None = None
     seeded: bool = False
     """The first boot reached `ready`, so the seed has done its work."""
+    cloned: bool = False
+    """Its disks have another machine's identity; the first time it is ready it gets one of its own."""
+    snapshot: str | None = None
+    """The snapshot that its heads stand on: the parent of the next one."""
+    suspended: Memory | None = None
+    """What the next start goes on from; its heads are as they were at that instant."""
     labels: dict[str, str] = field(default_factory=dict)
     remove_when_stopped: bool = False
 

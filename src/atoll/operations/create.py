@@ -5,7 +5,8 @@
     files     its folder: heads, UEFI variables, seed    remove the folder
     tell      the event
 
-The request is the whole record of the VM to be, resolved beforehand, so each step can be done again.
+The request has the whole record of the VM to be, resolved beforehand, so each step can be done again. Clones are made
+by the same verb: they stand on a snapshot's layers instead of an image's.
 """
 
 import os
@@ -13,6 +14,8 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from atoll.errors import AlreadyExists, InvalidInput, StorageFailed, from_os_error
 from atoll.host import disks, files
@@ -22,19 +25,30 @@ from atoll.model.launch import Firmware
 from atoll.model.requests import CreateRequest
 from atoll.model.spec import SeedSpec, VmSpec
 from atoll.model.vm import Vm
-from atoll.operations import resolve
+from atoll.operations import heads, resolve
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Report, Services
+from atoll.qemu.plan import layer_chain
 
 IMAGES_LOCK = "images"
 """Held while layers and what needs them are recorded, and while unneeded ones are removed."""
+
+
+class NewVm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole record of the VM to be, and what it takes over from a snapshot."""
+
+    vm: Vm
+    nvram: str | None = None
+    """SHA-256 of the blob with its UEFI variables; the firmware's empty ones when None."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Disks that begin as whole copies of a layer's content, with nothing below them: the layer by the disk's name."""
 
 
 async def create(request: CreateRequest, *, services: Services, report: Report | None = None) -> Vm:
     """A stopped VM. Raises `InvalidInput`, `NotFound` (image), `AlreadyExists` (name or port), `StorageFailed`."""
     vm = await _resolved(request, services)
     try:
-        await perform(CREATE, vm, services=services, subject=vm.id, subject_name=vm.name, report=report)
+        await perform(CREATE, NewVm(vm=vm), services=services, subject=vm.id, subject_name=vm.name, report=report)
     except AlreadyExists:
         if request.name is not None or all(other.name != vm.name for other in services.records.vms()):
             raise
@@ -114,8 +128,9 @@ async def firmware_for(spec: VmSpec) -> Firmware | None:
 # Steps
 
 
-async def _record(context: Context[Vm]) -> None:
-    with_layers = [disk.layer for disk in context.request.spec.disks if disk.layer]
+async def _record(context: Context[NewVm]) -> None:
+    request = context.request
+    with_layers = [*(disk.layer for disk in request.vm.spec.disks if disk.layer), *request.copies.values()]
     async with context.services.lease(IMAGES_LOCK, what="the images"):
         for layer in with_layers:
             if context.services.records.layer(layer) is None:
@@ -123,28 +138,34 @@ async def _record(context: Context[Vm]) -> None:
                     "the image is gone", "another command removed it", "`atoll image ls` lists what there is."
                 )
         if context.services.records.vm(context.subject) is None:
-            context.services.records.add_vm(context.request)
+            context.services.records.add_vm(request.vm)
 
 
-async def _unrecord(context: Context[Vm]) -> None:
+async def _unrecord(context: Context[NewVm]) -> None:
     # On a full disk it can be seen that there is nothing to remove, and not be written.
     if context.services.records.vm(context.subject) is not None:
         context.services.records.remove_vm(context.subject)
 
 
-async def _files(context: Context[Vm]) -> None:
-    layout, spec = context.services.layout, context.request.spec
+async def _files(context: Context[NewVm]) -> None:
+    layout, request, spec = context.services.layout, context.request, context.request.vm.spec
     paths = layout.vm(context.subject)
     files.make_folder(paths.logs)
+    await heads.make(layout, context.subject, [disk for disk in spec.disks if disk.name not in request.copies])
     for disk in spec.disks:
-        if disk.blob is None:
-            layer = layout.layer(disk.layer) if disk.layer else None
-            await disks.create_head(paths.disk(disk.name), size=disk.size, layer=layer)
+        if disk.name in request.copies:
+            chain = layer_chain(
+                request.copies[disk.name], {each.id: each for each in context.services.records.layers()}
+            )
+            layers = [layout.layer(layer) for layer in chain]
+            await disks.copy_content(layers, paths.head(disk), size=disk.size, report=context.report)
     firmware = await firmware_for(spec)
-    if firmware is not None:
+    if request.nvram is not None:
+        files.write_atomically(paths.nvram, layout.blob(request.nvram).read_bytes())
+    elif firmware is not None:
         copy_variables(firmware, paths.nvram)
     if spec.wants_seed:
-        await _write_seed(context.request, paths.seed)
+        await _write_seed(request.vm, paths.seed)
     files.sync_folder(paths.home)
 
 
@@ -163,20 +184,20 @@ async def _write_seed(vm: Vm, path: Path) -> None:
     write_seed(path, seed=vm.spec.seed, hostname=vm.name, instance_id=vm.id, install_agent=agent_missing)
 
 
-async def _remove_files(context: Context[Vm]) -> None:
+async def _remove_files(context: Context[NewVm]) -> None:
     paths = context.services.layout.vm(context.subject)
     for folder in (paths.home, paths.run):
         shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
 
 
-async def _tell(context: Context[Vm]) -> None:
-    vm = context.request
+async def _tell(context: Context[NewVm]) -> None:
+    vm = context.request.vm
     context.services.records.add_event("vm.created", vm_id=vm.id, name=vm.name, data={"image": vm.image})
 
 
 CREATE = Verb(
     name="create",
-    request=Vm,
+    request=NewVm,
     steps=(
         Step("record", _record, _unrecord),
         Step("files", _files, _remove_files),

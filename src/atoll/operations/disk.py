@@ -6,7 +6,6 @@ resize   check ─ grow the file or the open node (point of no return: disks onl
 """
 
 import contextlib
-import os
 from typing import Any
 
 from msgspec import Struct
@@ -14,7 +13,6 @@ from msgspec.structs import replace
 
 from atoll.errors import AlreadyExists, AtollError, EngineFailed, InvalidInput, NotFound, TimedOut
 from atoll.host import disks
-from atoll.model.launch import Access
 from atoll.model.requests import DiskRequest
 from atoll.model.spec import DiskSpec, VmSpec
 from atoll.model.state import Phase
@@ -22,16 +20,16 @@ from atoll.model.units import format_size
 from atoll.model.vm import Change, Vm
 from atoll.operations import observe, resolve_disks
 from atoll.operations.create import IMAGES_LOCK, find_image
+from atoll.operations.descriptors import add_nodes
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
 from atoll.operations.services import Services
 from atoll.qemu import devices
 from atoll.qemu.monitor import Monitor
-from atoll.qemu.plan import disk_nodes
+from atoll.qemu.plan import disk_nodes, layer_chain
 
 UNPLUG_TIME = 20.0
 """Seconds that a guest has to let go of a disk."""
-_ACCESS = {"read": os.O_RDONLY, "read-write": os.O_RDWR}
 
 
 class AddRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,9 +51,9 @@ class ResizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 async def add_disk(vm: Vm, request: DiskRequest, *, services: Services) -> tuple[DiskSpec, Change]:
     """A further disk, live where QEMU can. Raises `InvalidInput`, `NotFound` (image), `StorageFailed`."""
     image = find_image(request.image, services.records.images()) if request.image is not None else None
-    disk = resolve_disks.further_disk(request, _all_disks(vm), image)
+    (disk,) = resolve_disks.with_heads([resolve_disks.further_disk(request, _all_disks(vm), image)])
     for spec in (vm.spec, vm.pending or vm.spec):
-        devices.check_disks(_with_disks(spec, (*spec.disks, disk)))
+        devices.check_disks(_with_disks(spec, (*spec.disks, disk), {}))
     wanted = AddRequest(vm_id=vm.id, disk=disk)
     try:
         context = await perform(ADD, wanted, services=services, subject=vm.id, subject_name=vm.name)
@@ -117,16 +115,20 @@ def _runs(context: Context[Any]) -> bool:
     return observe.phase_of(context.services, context.vm) in (Phase.RUNNING, Phase.PAUSED)
 
 
-def _with_disks(spec: VmSpec, changed: tuple[DiskSpec, ...]) -> VmSpec:
-    spec = replace(spec, disks=changed)
+def _with_disks(spec: VmSpec, changed: tuple[DiskSpec, ...], plugged: dict[str, str]) -> VmSpec:
+    spec = replace(spec, disks=changed, addresses=spec.addresses | plugged)
     return replace(spec, addresses=devices.assign_addresses(spec))
 
 
 def _put(context: Context[Any], changed: tuple[DiskSpec, ...], *, now: bool) -> None:
-    """Record the disks: for the running machine and the next start, or for the next start only."""
-    vm = context.vm
-    later = None if vm.pending is None and now else _with_disks(vm.pending or vm.spec, changed)
-    spec = _with_disks(vm.spec, changed) if now else vm.spec
+    """Record the disks: for the running machine and the next start, or for the next start only.
+
+    A disk that was plugged in keeps its port: the machine is the same after a restart, and when its memory is restored.
+    """
+    vm, port = context.vm, context.notes.get("port")
+    plugged = {devices.disk_id(context.request.disk.name): port} if now and port else {}
+    later = None if vm.pending is None and now else _with_disks(vm.pending or vm.spec, changed, plugged)
+    spec = _with_disks(vm.spec, changed, plugged) if now else vm.spec
     context.services.records.put_vm(replace(vm, spec=spec, pending=later))
 
 
@@ -146,12 +148,12 @@ async def _make_file(context: Context[AddRequest]) -> None:
         return
     async with context.services.lease(IMAGES_LOCK, what="the images"):
         layer = layout.layer(disk.layer) if disk.layer else None
-        await disks.create_head(layout.vm(context.subject).disk(disk.name), size=disk.size, layer=layer)
+        await disks.create_head(layout.vm(context.subject).head(disk), size=disk.size, layer=layer)
 
 
 async def _remove_file(context: Context[AddRequest]) -> None:
     if context.request.disk.blob is None:
-        context.services.layout.vm(context.subject).disk(context.request.disk.name).unlink(missing_ok=True)
+        context.services.layout.vm(context.subject).head(context.request.disk).unlink(missing_ok=True)
 
 
 async def _attach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> None:
@@ -166,9 +168,12 @@ async def _attach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
         if port is None:
             context.notes["later"] = f"its {devices.HOTPLUG_PORTS} hot-plug ports are used"
             return
-        nodes = await _hand_over(context, monitor, disk)
-        for node in nodes:
-            await monitor.execute("blockdev-add", node)
+        context.notes["port"] = port
+        layout, layers = context.services.layout, {layer.id: layer for layer in context.services.records.layers()}
+        await add_nodes(
+            monitor,
+            lambda number: disk_nodes(disk, layout=layout, vm_id=context.subject, layers=layers, hand_over=number),
+        )
         for device in devices.disk_devices(context.vm.spec, disk, boot_index=None, bus=port):
             await monitor.execute("device_add", device)
 
@@ -182,26 +187,6 @@ async def _free_port(monitor: Monitor) -> str | None:
     return None
 
 
-async def _hand_over(context: Context[Any], monitor: Monitor, disk: DiskSpec) -> list[dict[str, Any]]:
-    """Give QEMU the files of the disk by descriptor; returns the nodes to add."""
-    files: list[tuple[str, object, Access]] = []
-    highest = max((entry["fdset-id"] for entry in await monitor.execute("query-fdsets")), default=0)
-
-    def number(name: str, path: object, access: Access) -> int:
-        files.append((name, path, access))
-        return int(highest) + len(files)
-
-    layers = {layer.id: layer for layer in context.services.records.layers()}
-    nodes = disk_nodes(disk, layout=context.services.layout, vm_id=context.subject, layers=layers, hand_over=number)
-    for index, (name, path, access) in enumerate(files, start=1):
-        descriptor = os.open(str(path), _ACCESS[access] | os.O_CLOEXEC)
-        try:
-            await monitor.send_descriptor("add-fd", {"fdset-id": int(highest) + index, "opaque": name}, descriptor)
-        finally:
-            os.close(descriptor)
-    return nodes
-
-
 async def _detach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> None:
     """Unplug the device, then close its nodes, top first. What isn't there is fine."""
     if not _runs(context):
@@ -213,13 +198,12 @@ async def _detach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
             context.notes["later"] = later
             return
         nodes: list[dict[str, Any]] = await monitor.execute("query-named-block-nodes", {"flat": True})
-        names = {node["node-name"] for node in nodes}
-        depth = sum(
-            name.startswith(f"{disk.name}-") and name.removeprefix(f"{disk.name}-").isdecimal() for name in names
-        )
-        for name in (disk.name, *(f"{disk.name}-{level}" for level in reversed(range(depth)))):
-            for node in (name, f"{name}-file"):
-                if node in names:
+        there = {node["node-name"] for node in nodes}
+        layers = {layer.id: layer for layer in context.services.records.layers()}
+        chain = [devices.node_name(disk.name, layer) for layer in reversed(layer_chain(disk.layer, layers))]
+        for name in (devices.head_node(disk), *chain):
+            for node in (name, devices.file_node_name(name)):
+                if node in there:
                     await monitor.execute("blockdev-del", {"node-name": node})
 
 
@@ -265,7 +249,7 @@ async def _record_removed(context: Context[RemoveDiskRequest]) -> None:
 async def _delete_file(context: Context[RemoveDiskRequest]) -> None:
     """A disk that goes at the next start keeps its file until then (`operations/start.py`)."""
     if not context.notes.get("later") and context.request.disk.blob is None:
-        context.services.layout.vm(context.subject).disk(context.request.disk.name).unlink(missing_ok=True)
+        context.services.layout.vm(context.subject).head(context.request.disk).unlink(missing_ok=True)
 
 
 # resize
@@ -277,12 +261,14 @@ async def _check_it_grows(context: Context[ResizeRequest]) -> None:
 
 
 async def _grow(context: Context[ResizeRequest]) -> None:
-    request = context.request
+    vm, request = context.vm, context.request
     if not _runs(context):
-        await disks.resize(context.services.layout.vm(context.subject).disk(request.name), request.size)
+        disk = _find(vm.pending or vm.spec, request.name, vm.name)
+        await disks.resize(context.services.layout.vm(vm.id).head(disk), request.size)
         return
-    async with control(context.services, context.vm) as monitor:
-        await monitor.execute("block_resize", {"node-name": request.name, "size": request.size})
+    disk = _find(vm.spec, request.name, vm.name)
+    async with control(context.services, vm) as monitor:
+        await monitor.execute("block_resize", {"node-name": devices.head_node(disk), "size": request.size})
 
 
 async def _record_size(context: Context[ResizeRequest]) -> None:

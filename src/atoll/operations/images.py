@@ -9,7 +9,6 @@ Layers and files that nothing needs are removed by `prune` under the lock that `
 """
 
 import shutil
-from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +20,10 @@ from atoll.errors import NotFound, WrongState, from_os_error
 from atoll.host import files
 from atoll.images.made import Made
 from atoll.model.image import Image, Layer
-from atoll.model.names import SHORT_ID, check_image_name
+from atoll.model.names import check_image_name
 from atoll.model.requests import BuildRequest, ImportRequest, PullRequest
 from atoll.model.spec import Arch
+from atoll.operations.collect import collect, needs
 from atoll.operations.create import IMAGES_LOCK, find_image
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Report, Services
@@ -191,7 +191,7 @@ async def remove(reference: str, *, services: Services, force: bool = False) -> 
         if named and not by_id:
             services.records.put_image_names(image.id, named)
             return
-        users = [vm.name for vm in services.records.vms() if _needs(vm.spec, image)]
+        users = [vm.name for vm in services.records.vms() if needs(vm.spec, image)]
         if users and not force:
             raise WrongState(
                 f"the image {image.name} is in use",
@@ -200,22 +200,7 @@ async def remove(reference: str, *, services: Services, force: bool = False) -> 
             )
         services.records.remove_image(image.id)
         services.records.add_event("image.removed", name=image.name, data={"image": image.id})
-        _collect(services, dry_run=False)
-
-
-def _needs(spec: Any, image: Image) -> bool:
-    layers, blobs = _needed_by([spec])
-    return bool(layers & set(image.layer_ids) or blobs & set(image.blob_ids))
-
-
-def _needed_by(specs: Iterable[Any]) -> tuple[set[str], set[str]]:
-    layers: set[str] = set()
-    blobs: set[str] = set()
-    for spec in specs:
-        layers |= {disk.layer for disk in spec.disks if disk.layer}
-        blobs |= {disk.blob for disk in spec.disks if disk.blob}
-        blobs |= {blob for blob in (spec.boot.kernel, spec.boot.initrd, spec.boot.rom) if blob}
-    return layers, blobs
+        collect(services, dry_run=False)
 
 
 async def prune(*, services: Services, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
@@ -225,54 +210,8 @@ async def prune(*, services: Services, every: bool = False, dry_run: bool = Fals
         unused: list[Image] = []
         if every:
             specs = [spec for vm in services.records.vms() for spec in (vm.spec, vm.pending) if spec]
-            unused = [image for image in services.records.images() if not any(_needs(spec, image) for spec in specs)]
+            unused = [image for image in services.records.images() if not any(needs(spec, image) for spec in specs)]
             removed += [(f"image {image.name}", 0) for image in unused]
             for image in unused if not dry_run else []:
                 services.records.remove_image(image.id)
-        return removed + _collect(services, dry_run=dry_run, without={image.id for image in unused})
-
-
-def _collect(services: Services, *, dry_run: bool, without: Collection[str] = ()) -> list[tuple[str, int]]:
-    """Remove layers, blobs and temporary folders that nothing needs. The caller holds the images' lock."""
-    records, layout = services.records, services.layout
-    layers, blobs = _needed_by(spec for vm in records.vms() for spec in (vm.spec, vm.pending) if spec)
-    for image in records.images():
-        if image.id not in without:
-            layers |= set(image.layer_ids)
-            blobs |= set(image.blob_ids)
-    known = {layer.id: layer for layer in records.layers()}
-    for layer_id in list(layers):
-        while (parent := known[layer_id].parent if layer_id in known else None) is not None:
-            layers.add(parent)
-            layer_id = parent
-    unneeded = [path for path in _files_in(layout.layers) if path.stem not in layers]
-    unneeded += [path for path in _files_in(layout.blobs) if path.name not in blobs]
-    found = [(f"{path.parent.name.removesuffix('s')} {path.stem[:SHORT_ID]}", path.stat().st_size) for path in unneeded]
-    found += _collect_folders(services, dry_run=dry_run)
-    if not dry_run:
-        # Records first: a record without its file would be worse than a file without a record.
-        records.remove_layers(set(known) - layers)
-        for path in unneeded:
-            path.unlink(missing_ok=True)
-    return found
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-
-
-def _collect_folders(services: Services, *, dry_run: bool) -> list[tuple[str, int]]:
-    """Temporary folders that no unfinished operation will come back to."""
-    temporary = services.layout.temporary
-    if not temporary.is_dir():
-        return []
-    wanted = {operation.subject for operation in services.records.operations(unfinished=True)}
-    found = []
-    for folder in sorted(temporary.iterdir()):
-        if folder.name in wanted or folder.name.removeprefix("rm-") in wanted:
-            continue
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-        found.append((f"unfinished {folder.name}", size))
-        if not dry_run:
-            shutil.rmtree(folder, ignore_errors=True)
-    return found
+        return removed + collect(services, dry_run=dry_run, without={image.id for image in unused})

@@ -15,11 +15,12 @@ from atoll.model.spec import PortSpec, Protocol, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
 from atoll.operations import observe, resolve
+from atoll.operations.boot import check_port_free
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
 from atoll.operations.services import Services
-from atoll.operations.start import check_port_free
 from atoll.qemu.devices import port_forward
+from atoll.qemu.monitor import Monitor
 
 
 class PortRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,11 +87,20 @@ async def _unrecord(context: Context[PortRequest]) -> None:
     _put(context, without_port)
 
 
+async def forward(monitor: Monitor, nic: str, port: PortSpec, *, add: bool) -> str:
+    """Publish a port, or take it back; returns what QEMU said against it. There is no QMP command for it."""
+    rule = port_forward(port) if add else f"{port.protocol}:{port.host_address}:{port.host_port}"
+    line = f"hostfwd_{'add' if add else 'remove'} net-{nic} {rule}"
+    said = str(await monitor.execute("human-monitor-command", {"command-line": line})).strip()
+    return "" if said.startswith("host forwarding rule for") else said
+
+
 async def _forward(context: Context[PortRequest]) -> None:
     if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
         return
     check_port_free(context.vm.name, context.request.port)
-    said = await _tell_qemu(context, f"hostfwd_add net-{context.request.nic} {port_forward(context.request.port)}")
+    async with control(context.services, context.vm) as monitor:
+        said = await forward(monitor, context.request.nic, context.request.port, add=True)
     if said:
         raise AlreadyExists(f"{context.vm.name}: port {context.request.port.host_port} can't be published", said)
 
@@ -98,22 +108,13 @@ async def _forward(context: Context[PortRequest]) -> None:
 async def _unforward(context: Context[PortRequest]) -> None:
     if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
         return
-    port = context.request.port
-    await _tell_qemu(
-        context, f"hostfwd_remove net-{context.request.nic} {port.protocol}:{port.host_address}:{port.host_port}"
-    )
+    async with control(context.services, context.vm) as monitor:
+        await forward(monitor, context.request.nic, context.request.port, add=False)
 
 
 async def _forward_again(context: Context[PortRequest]) -> None:
     with contextlib.suppress(AtollError):
         await _forward(context)
-
-
-async def _tell_qemu(context: Context[PortRequest], line: str) -> str:
-    """User-mode forwarding has no QMP command of its own; returns what QEMU said against it."""
-    async with control(context.services, context.vm) as monitor:
-        said = str(await monitor.execute("human-monitor-command", {"command-line": line})).strip()
-    return "" if said.startswith("host forwarding rule for") else said
 
 
 async def _forget(context: Context[PortRequest]) -> None:

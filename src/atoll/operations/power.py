@@ -34,6 +34,13 @@ def control(services: Services, vm: Vm) -> Monitor:
         raise WrongState(f"{vm.name}: QEMU can't be reached", str(error), f"See `atoll show {vm.name}`.") from error
 
 
+async def go_on(services: Services, vm: Vm) -> None:
+    """Let a guest that stands still run, for whoever holds the VM's lock. Fine if it does, or has ended meanwhile."""
+    if observe.phase_of(services, vm) is Phase.PAUSED:
+        async with control(services, vm) as monitor:
+            await monitor.execute("cont")
+
+
 async def pause(vm: Vm, *, services: Services) -> None:
     """Stop the guest's CPUs. Fine if it is paused. Raises `WrongState`."""
     if observe.phase_of(services, vm) is Phase.PAUSED:

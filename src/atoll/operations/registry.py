@@ -2,7 +2,21 @@
 
 from typing import Any
 
-from atoll.operations import configure, create, disk, images, ports, power, remove, rename, start, stop
+from atoll.operations import (
+    clone,
+    configure,
+    create,
+    disk,
+    images,
+    ports,
+    power,
+    remove,
+    rename,
+    restore,
+    snapshot,
+    start,
+    stop,
+)
 from atoll.operations.engine import Verb
 
 VERBS: dict[str, Verb[Any]] = {
@@ -22,5 +36,8 @@ VERBS: dict[str, Verb[Any]] = {
         disk.REMOVE,
         disk.RESIZE,
         images.MAKE,
+        snapshot.SNAPSHOT,
+        restore.RESTORE,
+        clone.CUT,
     )
 }

@@ -5,7 +5,7 @@
     forget    take the record away                        (point of no return)
     delete    remove the folder, sockets and locks
 
-Layers stay: images and other heads may need them, and `image prune` collects those that nothing needs.
+Its snapshots go with it. Layers that an image, a clone or another snapshot needs stay.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from atoll.host import facts, files
 from atoll.model.state import require
 from atoll.model.vm import Vm
 from atoll.operations import observe
+from atoll.operations.collect import collect
+from atoll.operations.create import IMAGES_LOCK
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Report, Services
 
@@ -87,7 +89,14 @@ async def _put_back(context: Context[RemoveRequest]) -> None:
 
 async def _forget(context: Context[RemoveRequest]) -> None:
     records = context.services.records
-    if records.vm(context.subject) is not None:
+    vm = records.vm(context.subject)
+    if vm is not None:
+        of_images = {layer for image in records.images() for layer in image.layer_ids}
+        own = any(disk.layer not in of_images for disk in vm.spec.disks if disk.layer)
+        context.notes["collect"] = own or vm.suspended is not None or bool(records.snapshots(vm.id))
+    for node in records.snapshots(context.subject):
+        records.remove_snapshot(node.id)
+    if vm is not None:
         records.remove_vm(context.subject)
         records.add_event("vm.removed", vm_id=context.subject, name=context.request.name)
 
@@ -100,6 +109,9 @@ async def _delete(context: Context[RemoveRequest]) -> None:
                 shutil.rmtree(folder)
     except OSError as error:
         raise from_os_error(error, f"remove {_away(context)}") from error
+    if context.notes.get("collect"):
+        async with context.services.lease(IMAGES_LOCK, what="the images"):
+            collect(context.services, dry_run=False)
     # Who waits for the lock finds the record gone.
     with contextlib.suppress(OSError):
         layout.vm_lock(context.subject).unlink()

@@ -26,7 +26,7 @@ from atoll.model.spec import (
     VmSpec,
 )
 from atoll.model.units import GIB, MIB, TIB, format_size, parse_size
-from atoll.operations.resolve_disks import all_disks, further_disk
+from atoll.operations.resolve_disks import all_disks, further_disk, with_heads
 from atoll.qemu import devices
 
 DEFAULT_MEMORY = 1 * GIB
@@ -84,7 +84,7 @@ def resolve(
         cpu=_cpu(request, machine, host_cpus),
         memory=check_memory(request.memory if request.memory is not None else (image.memory if image else None)),
         boot=_boot(request, image, firmware),
-        disks=all_disks(request, image, cdroms, arch),
+        disks=with_heads(all_disks(request, image, cdroms, arch)),
         nics=_nics(request),
         display=request.display or _display(image, arch),
         guest=image.guest if image else GuestSpec(),
@@ -212,7 +212,7 @@ def with_disk_images(spec: VmSpec, request: CreateRequest, images: dict[str, Ima
     for further in request.disks:
         if further.image is not None:
             disks.append(further_disk(further, disks, images[further.image]))
-    return _checked(replace(spec, disks=tuple(disks)))
+    return _checked(replace(spec, disks=with_heads(disks)))
 
 
 def _nics(request: CreateRequest) -> tuple[NicSpec, ...]:

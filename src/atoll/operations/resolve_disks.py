@@ -2,13 +2,13 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
 from atoll.errors import InvalidInput
 from atoll.model.image import Image, ImageDisk
-from atoll.model.names import shown
+from atoll.model.names import new_id, shown
 from atoll.model.requests import CreateRequest, DiskRequest
 from atoll.model.spec import Arch, Bus, DiskSpec
 from atoll.model.units import MIB, TIB, format_size, parse_size
@@ -105,3 +105,12 @@ def check_disk_size(size: str | int) -> int:
     if not MIB <= number <= LARGEST_DISK:
         raise InvalidInput(f"a disk of {format_size(number)} can't be", f"it has 1MiB to {format_size(LARGEST_DISK)}")
     return -(-number // 512) * 512
+
+
+def with_heads(disks: Iterable[DiskSpec]) -> tuple[DiskSpec, ...]:
+    """The disks, those that are written and have no head yet with a new one."""
+    return tuple(disk if disk.blob or disk.head else replace(disk, head=new_id()) for disk in disks)
+
+
+def without_heads(disks: Iterable[DiskSpec]) -> tuple[DiskSpec, ...]:
+    return tuple(replace(disk, head="") for disk in disks)

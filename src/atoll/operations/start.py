@@ -1,40 +1,29 @@
 """start
 
-step      do                                                undo
+step      do                                                                      undo
 check     that it is stopped
-launch    plan, open, bind, spawn QEMU, greet it by QMP     kill the QEMU that has this VM's UUID
-record    its process, and the spec that it runs with       (point of no return)
+launch    plan, open, bind, spawn QEMU, greet it by QMP, load suspended memory    kill the QEMU that has this VM's UUID
+record    its process, and the spec that it runs with                             (point of no return)
+go on     a suspended one: let its guest run, and drop the memory file
 """
 
-import asyncio
 import contextlib
-import os
-import shlex
-import signal
-import time
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AlreadyExists, AtollError, EngineFailed, InvalidInput
-from atoll.host import facts, files
-from atoll.host.launch import launch
-from atoll.host.sockets import connect
+from atoll.errors import AtollError
 from atoll.layout import VmPaths
-from atoll.model.launch import LaunchPlan
-from atoll.model.spec import PortSpec, VmSpec
-from atoll.model.state import Phase, phase_of_run_state, require
+from atoll.model.snapshot import Memory
+from atoll.model.spec import VmSpec
+from atoll.model.state import require
 from atoll.model.vm import Run, Vm
 from atoll.operations import observe
-from atoll.operations.create import firmware_for
+from atoll.operations.boot import Incoming, boot, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.power import go_on
 from atoll.operations.services import Report, Services
-from atoll.qemu.monitor import Monitor
-from atoll.qemu.plan import PlanInputs, plan
-
-GREETING_TIME = 60.0
-"""Seconds until QEMU must have opened everything and answered; many starting at once on two cores take a while."""
 
 
 class StartRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,24 +36,6 @@ async def start(vm: Vm, *, services: Services, report: Report | None = None) -> 
     await perform(START, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
 
 
-async def make_plan(services: Services, vm: Vm, spec: VmSpec) -> tuple[LaunchPlan, str]:
-    """The plan for this VM on this host as it is now, and the accelerator it is for."""
-    caps = await services.capabilities(spec.arch)
-    accelerator = await services.accelerator(spec.accelerator, caps)
-    layers = {layer.id: layer for layer in services.records.layers()} if any(d.layer for d in spec.disks) else {}
-    inputs = PlanInputs(
-        vm=vm,
-        spec=spec,
-        caps=caps,
-        accelerator=accelerator,
-        layout=services.layout,
-        layers=layers,
-        firmware=await firmware_for(spec),
-        seed=services.layout.vm(vm.id).seed.exists() and not vm.seeded,
-    )
-    return plan(inputs), accelerator
-
-
 async def _check_stopped(context: Context[StartRequest]) -> None:
     """A step of its own, without undo: refusing to start a VM that runs must not end it."""
     require(context.vm.name, observe.phase_of(context.services, context.vm), "start")
@@ -74,107 +45,17 @@ async def _launch(context: Context[StartRequest]) -> None:
     services, vm = context.services, context.vm
     # A start that was killed before it was recorded may have left one.
     await kill_strays(vm)
-    spec = vm.pending or vm.spec
-    steps, accelerator = await make_plan(services, vm, spec)
-    paths = services.layout.vm(vm.id)
-    _prepare(paths, steps)
-    for nic in spec.nics:
-        for port in nic.ports:
-            check_port_free(vm.name, port)
-    process = launch(steps, log=paths.qemu_log)
-    identity = facts.identity_of(process.pid)
-    version = await _greet(vm, paths)
-    if identity is None:
-        raise _start_failure(vm, paths, "it ended at once")
-    context.notes["run"] = msgspec.to_builtins(
-        Run(
-            pid=identity.pid,
-            start_time=identity.start_time,
-            boot_id=identity.boot_id,
-            started_at=time.time(),
-            accelerator=accelerator,
-            qemu_version=version,
-        )
-    )
+    incoming = None
+    if vm.suspended is not None:
+        incoming = Incoming(services.layout.memory_file(vm.suspended.id))
+        context.notes["suspended"] = msgspec.to_builtins(vm.suspended)
+    run = await boot(services, vm, _wanted(vm), report=context.report, incoming=incoming)
+    context.notes["run"] = msgspec.to_builtins(run)
 
 
-def _prepare(paths: VmPaths, steps: LaunchPlan) -> None:
-    """The folders, fresh logs (the last run's keep the ending `.1`), and the command line for people to read."""
-    files.make_folder(paths.run)
-    files.make_folder(paths.logs)
-    for log in (paths.serial_log, paths.qemu_log, paths.event_log):
-        with contextlib.suppress(FileNotFoundError):
-            log.replace(log.with_name(f"{log.name}.1"))
-    files.write_atomically(paths.command_line, (shlex.join([steps.binary, *steps.argv]) + "\n").encode())
-
-
-def check_port_free(name: str, port: PortSpec) -> None:
-    """Tell who is in the way before QEMU fails on it. Raises `AlreadyExists`, `InvalidInput`."""
-    import socket
-
-    kind = socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM
-    with socket.socket(socket.AF_INET, kind) as probe:
-        if port.protocol == "tcp":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((port.host_address, port.host_port))
-        except PermissionError as error:
-            raise InvalidInput(
-                f"{name}: port {port.host_port} can't be published",
-                "ports below 1024 are root's",
-                "Choose a higher one with -p.",
-            ) from error
-        except OSError as error:
-            raise AlreadyExists(
-                f"{name}: port {port.host_port} on {port.host_address} can't be published",
-                error.strerror or str(error),
-                "Choose another with -p, or stop the program that has it.",
-            ) from error
-
-
-async def _greet(vm: Vm, paths: VmPaths) -> str:
-    """Wait for QEMU's greeting (the socket was listening before it started), and see that the guest runs."""
-    try:
-        async with Monitor(connect(paths.socket("control")), timeout=GREETING_TIME) as monitor:
-            version = await monitor.execute("query-version")
-            status = await monitor.execute("query-status")
-    except (EngineFailed, OSError) as error:
-        raise _start_failure(vm, paths, str(error)) from error
-    phase = phase_of_run_state(status["status"])
-    if phase not in (Phase.RUNNING, Phase.PAUSED):
-        raise _start_failure(vm, paths, f"its state is {status['status']}")
-    number = version["qemu"]
-    return f"{number['major']}.{number['minor']}.{number['micro']}"
-
-
-def _start_failure(vm: Vm, paths: VmPaths, otherwise: str) -> EngineFailed:
-    said = observe.last_words(paths) or otherwise
-    return EngineFailed(f"{vm.name}: QEMU ended at its start", said, f"Its command line is in {paths.command_line}.")
-
-
-async def kill_strays(vm: Vm) -> None:
-    """Kill each QEMU of this user that was started for the VM, but isn't recorded, and wait until it is gone."""
-    recorded = vm.run.pid if vm.run is not None and facts.is_alive(vm.run) else None
-    for pid in facts.scan_for(vm.uuid, after="-uuid"):
-        if pid != recorded:
-            await kill(pid)
-
-
-async def kill(pid: int) -> None:
-    """SIGKILL by pidfd, so that no later process of the same pid is hit, and wait for the end (a few ms)."""
-    from atoll.host.watch import wait_for_exit
-
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    finally:
-        os.close(descriptor)
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(wait_for_exit(pid), 30)
+def _wanted(vm: Vm) -> VmSpec:
+    """A suspended machine goes on as it was; what was set meanwhile waits for a real start."""
+    return vm.spec if vm.suspended is not None else vm.pending or vm.spec
 
 
 async def _kill(context: Context[StartRequest]) -> None:
@@ -184,16 +65,27 @@ async def _kill(context: Context[StartRequest]) -> None:
 
 async def _record(context: Context[StartRequest]) -> None:
     services, vm = context.services, context.vm
-    run = msgspec.convert(context.notes["run"], Run)
-    spec = vm.pending or vm.spec
-    services.records.put_vm(replace(vm, spec=spec, pending=None, run=run, last_exit=None))
-    _drop_removed_disks(services.layout.vm(vm.id), spec)
+    run, spec = msgspec.convert(context.notes["run"], Run), _wanted(vm)
+    pending = vm.pending if vm.suspended is not None else None
+    services.records.put_vm(replace(vm, spec=spec, pending=pending, run=run, last_exit=None, suspended=None))
+    if pending is None:
+        drop_removed_disks(services.layout.vm(vm.id), spec)
     services.records.add_event("vm.started", vm_id=vm.id, name=vm.name, data={"accelerator": run.accelerator})
 
 
-def _drop_removed_disks(paths: VmPaths, spec: VmSpec) -> None:
-    """Heads of disks that were removed while the guest held them, and that this start left out."""
-    kept = {paths.disk(disk.name) for disk in spec.disks}
+async def _go_on(context: Context[StartRequest]) -> None:
+    suspended = context.notes.get("suspended")
+    if suspended is None:
+        return
+    memory = msgspec.convert(suspended, Memory)
+    if memory.running:
+        await go_on(context.services, context.vm)
+    context.services.layout.memory_file(memory.id).unlink(missing_ok=True)
+
+
+def drop_removed_disks(paths: VmPaths, spec: VmSpec) -> None:
+    """Delete the heads that the machine doesn't have: of disks removed while the guest held them, and of the past."""
+    kept = {paths.head(disk) for disk in spec.disks}
     for path in paths.home.glob("*.qcow2"):
         if path not in kept:
             path.unlink(missing_ok=True)
@@ -206,5 +98,6 @@ START = Verb(
         Step("check", _check_stopped),
         Step("launch", _launch, _kill),
         Step("record", _record, final=True),
+        Step("go on", _go_on),
     ),
 )

@@ -21,9 +21,9 @@ from atoll.model.operation import Progress
 from atoll.model.state import Phase
 from atoll.model.vm import Exit, Vm
 from atoll.operations import guest_setup, observe, power
+from atoll.operations.boot import kill, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Report, Services
-from atoll.operations.start import kill, kill_strays
 from atoll.qemu.monitor import Monitor
 
 PRESS_AGAIN = 5.0

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from atoll.model.image import Image
 from atoll.model.operation import Operation, Progress
 from atoll.model.requests import BuildRequest, CreateRequest, DiskRequest, ImportRequest, PullRequest, SetRequest
+from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, PortSpec
 from atoll.model.vm import Change, Event, ExecRequest, ExecResult, Stats, Vm, VmInfo
 
@@ -115,6 +116,35 @@ class AsyncVm(Protocol):
     async def disk_rm(self, name: str) -> Change: ...
     async def disk_resize(self, name: str, size: str | int) -> Change: ...
 
+    async def snapshot(
+        self,
+        name: str | None = None,
+        *,
+        message: str = "",
+        disk_only: bool = False,
+        quiesce: bool = False,
+        report: Report | None = None,
+    ) -> Snapshot:
+        """Keep this instant: disks, machine, and the memory of a VM that runs; it halts for some milliseconds.
+
+        `quiesce` freezes the guest's file systems for one that is `disk_only`. Without a name it is `snap-1` ….
+        """
+
+    async def history(self) -> list[HistoryNode]:
+        """Its snapshots, oldest first; each names its parent."""
+
+    async def restore(self, snapshot: str, *, keep: bool = False, report: Report | None = None) -> None:
+        """Make it what it was. One with memory goes on from there; else a running VM is booted anew.
+
+        The present is lost, unless `keep` takes a snapshot of it first.
+        """
+
+    async def forget(self, snapshot: str) -> None:
+        """Take a snapshot out of the history. What stands on it keeps its data."""
+
+    async def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "AsyncVm":
+        """A stopped VM with this one's disks as they are now; with `full` it shares nothing with it."""
+
 
 class AsyncImages(Protocol):
     """The images of a host."""
@@ -177,6 +207,11 @@ class AsyncHost(Protocol):
         **options: object,
     ) -> AsyncVm:
         """Create, start, and wait until it is ready (it runs, where there is no agent)."""
+
+    async def clone(
+        self, source: str, name: str | None = None, *, full: bool = False, report: Report | None = None
+    ) -> AsyncVm:
+        """A stopped VM with the disks of a VM (`web`) or of a snapshot (`web@clean`, or its id)."""
 
     def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         """What happened, and with `follow` what happens; `after` is the last event that is known already."""

@@ -189,6 +189,14 @@ class Vm(_Handle[AsyncVm]):
     disk_add = _blocking(AsyncVm.disk_add)
     disk_rm = _blocking(AsyncVm.disk_rm)
     disk_resize = _blocking(AsyncVm.disk_resize)
+    snapshot = _blocking(AsyncVm.snapshot)
+    history = _blocking(AsyncVm.history)
+    restore = _blocking(AsyncVm.restore)
+    forget = _blocking(AsyncVm.forget)
+
+    def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "Vm":
+        """A stopped VM with this one's disks as they are now; with `full` it shares nothing with it."""
+        return Vm(self._calls.wait_for(lambda: self._inner.clone(name, full=full, report=report)), self._calls)
 
     def exec(
         self,
@@ -301,6 +309,11 @@ class Host(_Handle[AsyncHost]):
         """Create, start, and wait (at most `timeout` seconds) until it is ready (it runs, where there is no agent)."""
         run = functools.partial(self._inner.run, image, report=report, timeout=timeout, **options)
         return Vm(self._calls.wait_for(run), self._calls)
+
+    def clone(self, source: str, name: str | None = None, *, full: bool = False, report: Report | None = None) -> Vm:
+        """A stopped VM with the disks of a VM (`web`) or of a snapshot (`web@clean`, or its id)."""
+        clone = functools.partial(self._inner.clone, source, name, full=full, report=report)
+        return Vm(self._calls.wait_for(clone), self._calls)
 
     def notices(self) -> list[str]:
         """What recovery did to operations that a killed process had left, told once."""

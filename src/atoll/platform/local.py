@@ -123,6 +123,14 @@ class LocalHost:
         await vm.start(wait=True, timeout=timeout)
         return vm
 
+    async def clone(
+        self, source: str, name: str | None = None, *, full: bool = False, report: Report | None = None
+    ) -> LocalVm:
+        from atoll.operations.clone import clone, find_source
+
+        found = find_source(source, self._services)
+        return LocalVm(self._services, await clone(found, name, services=self._services, full=full, report=report))
+
     async def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         records = self._services.records
         last = after if after is not None else (records.last_event() if follow else 0)

@@ -8,6 +8,7 @@ from typing import Literal
 from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
 from atoll.model.requests import DiskRequest, SetRequest
+from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, PortSpec
 from atoll.model.state import require
 from atoll.model.vm import Change, ExecRequest, ExecResult, Stats, Vm, VmInfo
@@ -230,6 +231,46 @@ class LocalVm:
         from atoll.operations.disk import resize_disk
 
         return await resize_disk(self._record(), name, size, services=self._services)
+
+    async def snapshot(
+        self,
+        name: str | None = None,
+        *,
+        message: str = "",
+        disk_only: bool = False,
+        quiesce: bool = False,
+        report: Report | None = None,
+    ) -> Snapshot:
+        from atoll.operations.snapshot import SnapshotOptions, snapshot
+
+        options = SnapshotOptions(name=name, message=message, disk_only=disk_only, quiesce=quiesce)
+        return await snapshot(self._record(), options, services=self._services, report=report)
+
+    async def history(self) -> list[HistoryNode]:
+        from atoll.operations.history import history
+
+        return history(self._record(), services=self._services)
+
+    async def restore(self, snapshot: str, *, keep: bool = False, report: Report | None = None) -> None:
+        from atoll.operations.restore import find_snapshot, restore
+
+        node = find_snapshot(self._services, self._record(), snapshot)
+        if keep:
+            await self.snapshot(report=report)
+        await restore(self._record(), node, services=self._services, report=report)
+
+    async def forget(self, snapshot: str) -> None:
+        from atoll.operations.history import forget
+        from atoll.operations.restore import find_snapshot
+
+        vm = self._record()
+        await forget(vm, find_snapshot(self._services, vm, snapshot), services=self._services)
+
+    async def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "LocalVm":
+        from atoll.operations.clone import clone
+
+        made = await clone(self._record(), name, services=self._services, full=full, report=report)
+        return LocalVm(self._services, made)
 
 
 _: type[AsyncVm] = LocalVm

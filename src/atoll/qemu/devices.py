@@ -19,8 +19,26 @@ AGENT_PORT = "org.qemu.guest_agent.0"
 
 
 def disk_id(name: str) -> str:
-    """The id of a disk's device; its head's block node has the disk's own name."""
+    """The id of a disk's device."""
     return f"disk-{name}"
+
+
+def node_name(disk: str, layer: str) -> str:
+    """The block node of a layer in a disk's chain. It stays when a head is frozen: a head has its future layer's id.
+
+    Node names have at most 31 bytes, so disk names have at most 20 (see `operations/resolve.py`).
+    """
+    return f"{disk}.{layer[:8]}"
+
+
+def head_node(disk: DiskSpec) -> str:
+    """The block node that a disk's device uses."""
+    return node_name(disk.name, disk.blob or disk.head)
+
+
+def file_node_name(node: str) -> str:
+    """The block node of the file below a layer's."""
+    return f"{node}-f"
 
 
 def assign_addresses(spec: VmSpec) -> dict[str, str]:
@@ -77,8 +95,11 @@ def needs_input_devices(spec: VmSpec) -> bool:
 
 
 def on_root_bus(spec: VmSpec, device: Properties) -> Properties:
-    """The device at its pinned slot."""
-    return device | {"bus": "pcie.0", "addr": spec.addresses[device["id"]]}
+    """The device at its pinned slot; one that was plugged in while the VM ran stays in its hot-plug port."""
+    address = spec.addresses[device["id"]]
+    if address.startswith("hotplug"):
+        return device | {"bus": address, "addr": "0x0"}
+    return device | {"bus": "pcie.0", "addr": address}
 
 
 def _modern(driver: str) -> Properties:
@@ -109,7 +130,7 @@ def format_node(name: str, driver: str, file: str, *, read_only: bool, backing: 
 
 def disk_devices(spec: VmSpec, disk: DiskSpec, *, boot_index: int | None, bus: str | None = None) -> list[Properties]:
     """The device of a disk, after its controller if it is the first to need it. `bus` is a hot-plug port."""
-    device: Properties = {"id": disk_id(disk.name), "drive": disk.name}
+    device: Properties = {"id": disk_id(disk.name), "drive": head_node(disk)}
     if boot_index is not None and disk.bus != "floppy":
         device["bootindex"] = boot_index
     match disk.bus:

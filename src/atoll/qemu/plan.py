@@ -24,6 +24,13 @@ MONITORS = ("control", "observe")
 """`control` is for who holds the VM's lock, `observe` for short questions; QEMU serves one client on each."""
 
 
+class PrivateRam(Struct, frozen=True, kw_only=True):
+    """A part of a file that the guest's RAM begins as. The mapping is private, so the file is never written."""
+
+    path: str
+    offset: int
+
+
 class PlanInputs(Struct, frozen=True, kw_only=True):
     """All that a plan depends on."""
 
@@ -37,6 +44,9 @@ class PlanInputs(Struct, frozen=True, kw_only=True):
     firmware: Firmware | None = None
     seed: bool = False
     """Attach the first-boot seed."""
+    incoming: bool = False
+    """Wait for a migration stream, and don't run the guest before it is told to."""
+    ram: PrivateRam | None = None
 
 
 def plan(inputs: PlanInputs) -> LaunchPlan:
@@ -77,9 +87,10 @@ class _Builder:
         self._machine()
         self._boot()
         self._channels()
-        self._disks()
+        # The ports for hot plug are among these: they come before the disks that are in them.
         for device in devices.common_devices(self.spec) + devices.display_devices(self.spec):
             self._json("-device", device)
+        self._disks()
         self._network()
         if self.inputs.caps.has(type="vmgenid") and self.spec.machine == "q35":
             self._json("-device", {"driver": "vmgenid", "id": "generation", "guid": "auto"})
@@ -88,6 +99,8 @@ class _Builder:
         else:
             # Relative to the working folder: a long path doesn't fit into a socket's address.
             self._add("-vnc", "unix:vnc.sock")
+        if self.inputs.incoming:
+            self._add("-incoming", "defer", "-S")
         return LaunchPlan(
             binary=self.inputs.caps.binary,
             argv=tuple(self.argv),
@@ -135,10 +148,21 @@ class _Builder:
         self._add("-machine", ",".join(options), "-accel", accelerator_argument(self.inputs.accelerator))
         self._add("-cpu", cpu_model(spec, accelerator=self.inputs.accelerator, caps=self.inputs.caps))
         self._add("-smp", topology(spec.cpu), "-m", f"{spec.memory // MIB}M")
-        self._json("-object", {"qom-type": "memory-backend-ram", "id": "ram", "size": spec.memory})
+        self._json("-object", self._ram())
         self._json("-object", {"qom-type": "rng-random", "id": "entropy", "filename": "/dev/urandom"})
         # A guest that powers off ends QEMU; one that panics stops, so that it can be looked at.
         self._add("-rtc", f"base={spec.clock}", "-action", "panic=pause", "-boot", "menu=off,strict=on")
+
+    def _ram(self) -> dict[str, Any]:
+        ram = {"id": "ram", "size": self.spec.memory}
+        if self.inputs.ram is None:
+            return {"qom-type": "memory-backend-ram"} | ram
+        # With `rom` off a read-only file is mapped writable, each page copied when it is written.
+        file = self._plain_descriptor("ram", self.inputs.ram.path)
+        private = {"share": False, "readonly": True, "rom": "off"}
+        return (
+            {"qom-type": "memory-backend-file"} | ram | {"mem-path": file, "offset": self.inputs.ram.offset} | private
+        )
 
     def _boot(self) -> None:
         boot, blob = self.spec.boot, self.inputs.layout.blob
@@ -225,33 +249,36 @@ def layer_chain(layer_id: str | None, layers: dict[str, Layer]) -> list[str]:
     return chain
 
 
+HandOver = Callable[[str, object, Access], int]
+"""Gives a file a descriptor set, and returns the set's number."""
+
+
 def disk_nodes(
-    disk: DiskSpec,
-    *,
-    layout: Layout,
-    vm_id: str,
-    layers: dict[str, Layer],
-    hand_over: Callable[[str, object, Access], int],
+    disk: DiskSpec, *, layout: Layout, vm_id: str, layers: dict[str, Layer], hand_over: HandOver
 ) -> list[dict[str, Any]]:
-    """The block nodes of a disk, lowest first; the last has the disk's name.
-
-    `hand_over` gives a file a descriptor set and returns its number.
-    Node names have at most 31 bytes, so disk names have at most 20 (see `operations/resolve_disks.py`).
-    """
-    nodes: list[dict[str, Any]] = []
-
-    def stack(name: str, path: object, driver: str, *, read_only: bool, backing: str | None) -> None:
-        number = hand_over(name, path, "read" if read_only else "read-write")
-        nodes.append(devices.file_node(f"{name}-file", number, read_only=read_only))
-        nodes.append(devices.format_node(name, driver, f"{name}-file", read_only=read_only, backing=backing))
-
+    """The block nodes of a disk, lowest first; the last is its head."""
     if disk.blob is not None:
-        stack(disk.name, layout.blob(disk.blob), "raw", read_only=True, backing=None)
-        return nodes
+        return layer_nodes(devices.head_node(disk), layout.blob(disk.blob), "raw", hand_over, read_only=True)
+    nodes: list[dict[str, Any]] = []
     below: str | None = None
-    for depth, layer_id in enumerate(layer_chain(disk.layer, layers)):
-        name = f"{disk.name}-{depth}"
-        stack(name, layout.layer(layer_id), "qcow2", read_only=True, backing=below)
+    for layer_id in layer_chain(disk.layer, layers):
+        name = devices.node_name(disk.name, layer_id)
+        nodes += layer_nodes(name, layout.layer(layer_id), "qcow2", hand_over, read_only=True, backing=below)
         below = name
-    stack(disk.name, layout.vm(vm_id).disk(disk.name), "qcow2", read_only=False, backing=below)
-    return nodes
+    return nodes + head_nodes(disk, layout.vm(vm_id).head(disk), hand_over, backing=below)
+
+
+def head_nodes(disk: DiskSpec, path: object, hand_over: HandOver, *, backing: str | None) -> list[dict[str, Any]]:
+    """The nodes of a writable head alone; `backing` is None also where QEMU puts it on top of a node itself."""
+    return layer_nodes(devices.head_node(disk), path, "qcow2", hand_over, read_only=False, backing=backing)
+
+
+def layer_nodes(
+    name: str, path: object, driver: str, hand_over: HandOver, *, read_only: bool, backing: str | None = None
+) -> list[dict[str, Any]]:
+    file = devices.file_node_name(name)
+    number = hand_over(name, path, "read" if read_only else "read-write")
+    return [
+        devices.file_node(file, number, read_only=read_only),
+        devices.format_node(name, driver, file, read_only=read_only, backing=backing),
+    ]

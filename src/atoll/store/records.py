@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from atoll.model.image import Image, Layer
 from atoll.model.operation import Operation
+from atoll.model.snapshot import Snapshot
 from atoll.model.vm import Event, Vm
 
 
@@ -33,6 +34,23 @@ class Records(Protocol):
 
     def remove_vm(self, vm_id: str) -> None:
         """Idempotent."""
+
+    def snapshots(self, vm_id: str | None = None) -> list[Snapshot]:
+        """All snapshots, or those of a VM, oldest first."""
+
+    def snapshot(self, snapshot_id: str) -> Snapshot | None: ...
+
+    def freeze(self, vm: Vm, layers: Iterable[Layer], snapshot: Snapshot | None = None) -> None:
+        """Record a VM's frozen heads as layers with the VM's new heads on them, and the snapshot that they make.
+
+        Idempotent. Raises `AlreadyExists` when the snapshot's name is taken, `NotFound` when the VM is gone.
+        """
+
+    def put_snapshot(self, snapshot: Snapshot, layers: Iterable[Layer] = ()) -> None:
+        """Add or replace a snapshot, with layers that are new. Raises `AlreadyExists` when its name is taken."""
+
+    def remove_snapshot(self, snapshot_id: str) -> None:
+        """Take it out of the history: its children get its parent. Idempotent; layers and memory stay."""
 
     def images(self) -> list[Image]:
         """All images, oldest first."""

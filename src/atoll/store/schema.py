@@ -46,4 +46,14 @@ MIGRATIONS: tuple[str, ...] = (
         data BLOB NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE snapshots (
+        id TEXT PRIMARY KEY,
+        vm_id TEXT NOT NULL,
+        name TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        record BLOB NOT NULL,
+        UNIQUE (vm_id, name)
+    ) STRICT;
+    """,
 )

@@ -16,7 +16,9 @@ import msgspec
 from atoll.errors import AlreadyExists, NotFound
 from atoll.model.image import Image, Layer
 from atoll.model.operation import Operation
+from atoll.model.snapshot import Snapshot
 from atoll.model.vm import Event, Vm
+from atoll.store import history
 from atoll.store.database import Database
 from atoll.store.failures import told
 
@@ -70,12 +72,15 @@ class SqliteRecords:
 
     def put_vm(self, vm: Vm) -> None:
         with self._clashes_told(vm), self._transaction() as db:
-            row = (vm.name, vm.remove_when_stopped, _encode(vm), vm.id)
-            updated = db.execute("UPDATE vms SET name = ?, throwaway = ?, record = ? WHERE id = ?", row)
-            if updated.rowcount == 0:
-                raise NotFound(f"the VM '{vm.name}' is gone", "another process removed it")
-            db.execute("DELETE FROM ports WHERE vm_id = ?", (vm.id,))
-            self._put_ports(db, vm)
+            self._replace_vm(db, vm)
+
+    def _replace_vm(self, db: sqlite3.Connection, vm: Vm) -> None:
+        row = (vm.name, vm.remove_when_stopped, _encode(vm), vm.id)
+        updated = db.execute("UPDATE vms SET name = ?, throwaway = ?, record = ? WHERE id = ?", row)
+        if updated.rowcount == 0:
+            raise NotFound(f"the VM '{vm.name}' is gone", "another process removed it")
+        db.execute("DELETE FROM ports WHERE vm_id = ?", (vm.id,))
+        self._put_ports(db, vm)
 
     def remove_vm(self, vm_id: str) -> None:
         with self._transaction() as db:
@@ -113,6 +118,33 @@ class SqliteRecords:
                 f"there is a VM '{vm.name}' already", next_step=f"Choose another name, or `atoll rm {vm.name}` first."
             ) from error
 
+    # Snapshots
+
+    def snapshots(self, vm_id: str | None = None) -> list[Snapshot]:
+        where, values = ("WHERE vm_id = ?", (vm_id,)) if vm_id is not None else ("", ())
+        with told(self._path):
+            return history.read(self._rows(f"SELECT record FROM snapshots {where} ORDER BY created_at, id", *values))
+
+    def snapshot(self, snapshot_id: str) -> Snapshot | None:
+        with told(self._path):
+            return next(iter(history.read(self._rows("SELECT record FROM snapshots WHERE id = ?", snapshot_id))), None)
+
+    def freeze(self, vm: Vm, layers: Iterable[Layer], snapshot: Snapshot | None = None) -> None:
+        with self._clashes_told(vm), self._transaction() as db:
+            history.put_layers(db, layers)
+            self._replace_vm(db, vm)
+            if snapshot is not None:
+                history.put(db, snapshot)
+
+    def put_snapshot(self, snapshot: Snapshot, layers: Iterable[Layer] = ()) -> None:
+        with self._transaction() as db:
+            history.put_layers(db, layers)
+            history.put(db, snapshot)
+
+    def remove_snapshot(self, snapshot_id: str) -> None:
+        with self._transaction() as db:
+            history.remove(db, snapshot_id)
+
     # Images and layers
 
     def images(self) -> list[Image]:
@@ -126,8 +158,7 @@ class SqliteRecords:
 
     def add_image(self, image: Image, layers: Iterable[Layer]) -> None:
         with self._transaction() as db:
-            for layer in layers:
-                db.execute("INSERT OR REPLACE INTO layers VALUES (?, ?)", (layer.id, _encode(layer)))
+            history.put_layers(db, layers)
             db.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?)", (image.id, image.created_at, _encode(image)))
             self._take_names(db, image, [image.name, *image.tags])
 

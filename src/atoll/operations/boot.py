@@ -1,0 +1,176 @@
+"""A QEMU for a VM: planned, launched, greeted, loaded with memory if it has some to go on from; and ended."""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.errors import AlreadyExists, EngineFailed, InvalidInput
+from atoll.host import facts, files
+from atoll.host.launch import launch
+from atoll.host.sockets import connect
+from atoll.layout import VmPaths
+from atoll.model.launch import LaunchPlan
+from atoll.model.spec import PortSpec, VmSpec
+from atoll.model.state import Phase, phase_of_run_state
+from atoll.model.vm import Run, Vm
+from atoll.operations import observe
+from atoll.operations.create import firmware_for
+from atoll.operations.descriptors import hand_over, set_path
+from atoll.operations.services import Report, Services
+from atoll.qemu import jobs
+from atoll.qemu.monitor import Monitor
+from atoll.qemu.plan import PlanInputs, PrivateRam, plan
+
+GREETING_TIME = 60.0
+"""Seconds until QEMU must have opened everything and answered; many starting at once on two cores take a while."""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What a machine goes on from, in place of booting."""
+
+    stream: Path
+    """RAM and devices as a `mapped-ram` stream; devices only, with `ram`."""
+    ram: PrivateRam | None = None
+
+
+async def make_plan(
+    services: Services, vm: Vm, spec: VmSpec, *, incoming: Incoming | None = None
+) -> tuple[LaunchPlan, str]:
+    """The plan for this VM on this host as it is now, and the accelerator it is for."""
+    caps = await services.capabilities(spec.arch)
+    accelerator = await services.accelerator(spec.accelerator, caps)
+    layers = {layer.id: layer for layer in services.records.layers()} if any(d.layer for d in spec.disks) else {}
+    inputs = PlanInputs(
+        vm=vm,
+        spec=spec,
+        caps=caps,
+        accelerator=accelerator,
+        layout=services.layout,
+        layers=layers,
+        firmware=await firmware_for(spec),
+        seed=services.layout.vm(vm.id).seed.exists() and not vm.seeded,
+        incoming=incoming is not None,
+        ram=incoming.ram if incoming is not None else None,
+    )
+    return plan(inputs), accelerator
+
+
+async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, incoming: Incoming | None = None) -> Run:
+    """Start a QEMU for the VM; with `incoming` it has that memory and stands still.
+
+    Raises `EngineFailed`, `AlreadyExists` (a port). A QEMU that fails after its start is there still: `kill_strays`.
+    """
+    steps, accelerator = await make_plan(services, vm, spec, incoming=incoming)
+    paths = services.layout.vm(vm.id)
+    _prepare(paths, steps)
+    for nic in spec.nics:
+        for port in nic.ports:
+            check_port_free(vm.name, port)
+    process = launch(steps, log=paths.qemu_log)
+    identity = facts.identity_of(process.pid)
+    version = await _greet(vm, paths, incoming, report)
+    if identity is None:
+        raise _start_failure(vm, paths, "it ended at once")
+    return Run(
+        pid=identity.pid,
+        start_time=identity.start_time,
+        boot_id=identity.boot_id,
+        started_at=time.time(),
+        accelerator=accelerator,
+        qemu_version=version,
+    )
+
+
+def _prepare(paths: VmPaths, steps: LaunchPlan) -> None:
+    """The folders, fresh logs (the last run's keep the ending `.1`), and the command line for people to read."""
+    files.make_folder(paths.run)
+    files.make_folder(paths.logs)
+    for log in (paths.serial_log, paths.qemu_log, paths.event_log):
+        with contextlib.suppress(FileNotFoundError):
+            log.replace(log.with_name(f"{log.name}.1"))
+    files.write_atomically(paths.command_line, (shlex.join([steps.binary, *steps.argv]) + "\n").encode())
+
+
+def check_port_free(name: str, port: PortSpec) -> None:
+    """Tell who is in the way before QEMU fails on it. Raises `AlreadyExists`, `InvalidInput`."""
+    import socket
+
+    kind = socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as probe:
+        if port.protocol == "tcp":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((port.host_address, port.host_port))
+        except PermissionError as error:
+            raise InvalidInput(
+                f"{name}: port {port.host_port} can't be published",
+                "ports below 1024 are root's",
+                "Choose a higher one with -p.",
+            ) from error
+        except OSError as error:
+            raise AlreadyExists(
+                f"{name}: port {port.host_port} on {port.host_address} can't be published",
+                error.strerror or str(error),
+                "Choose another with -p, or stop the program that has it.",
+            ) from error
+
+
+async def _greet(vm: Vm, paths: VmPaths, incoming: Incoming | None, report: Report) -> str:
+    """Wait for QEMU's greeting (the socket was listening before it started), load what comes in, see that it stands."""
+    try:
+        async with Monitor(connect(paths.socket("control")), timeout=GREETING_TIME) as monitor:
+            version = await monitor.execute("query-version")
+            if incoming is not None:
+                await _load(monitor, incoming, report)
+            status = await monitor.execute("query-status")
+    except (EngineFailed, OSError) as error:
+        raise _start_failure(vm, paths, str(error)) from error
+    phase = phase_of_run_state(status["status"])
+    if phase not in (Phase.RUNNING, Phase.PAUSED) and incoming is None:
+        raise _start_failure(vm, paths, f"its state is {status['status']}")
+    number = version["qemu"]
+    return f"{number['major']}.{number['minor']}.{number['micro']}"
+
+
+async def _load(monitor: Monitor, incoming: Incoming, report: Report) -> None:
+    number = await hand_over(monitor, incoming.stream, "read", name="memory")
+    async with jobs.capabilities(monitor, jobs.WHOLE_MEMORY), jobs.migration_events(monitor) as events:
+        await monitor.execute("migrate-incoming", {"uri": f"file:{set_path(number)}"})
+        await jobs.until_ended(monitor, events, report=report, step="load the memory")
+    await monitor.execute("remove-fd", {"fdset-id": number})
+
+
+def _start_failure(vm: Vm, paths: VmPaths, otherwise: str) -> EngineFailed:
+    said = observe.last_words(paths) or otherwise
+    return EngineFailed(f"{vm.name}: QEMU ended at its start", said, f"Its command line is in {paths.command_line}.")
+
+
+async def kill_strays(vm: Vm) -> None:
+    """Kill each QEMU of this user that was started for the VM, but isn't recorded, and wait until it is gone."""
+    recorded = vm.run.pid if vm.run is not None and facts.is_alive(vm.run) else None
+    for pid in facts.scan_for(vm.uuid, after="-uuid"):
+        if pid != recorded:
+            await kill(pid)
+
+
+async def kill(pid: int) -> None:
+    """SIGKILL by pidfd, so that no later process of the same pid is hit, and wait for the end (a few ms)."""
+    from atoll.host.watch import wait_for_exit
+
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    finally:
+        os.close(descriptor)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(wait_for_exit(pid), 30)

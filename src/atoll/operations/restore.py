@@ -1,0 +1,216 @@
+"""restore
+
+    step        do                                                                undo
+    check       that the snapshot is there and its memory fits this host
+    heads       an empty new head for each disk, on the snapshot's layers         remove those that aren't used
+    set aside   halt the present QEMU, free its ports, move its sockets and       all of that back; the guest goes on
+                its UEFI variables away
+    launch      the snapshot's machine on the new heads, with its memory          kill it
+    record      the VM is that machine now                                        (point of no return)
+    go on       let its guest run; end the old QEMU, delete the old heads
+
+Until the new machine stands, the present one is only halted: nothing of it is lost if the restore fails.
+"""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from atoll.errors import AtollError, NotFound, Unsupported
+from atoll.host import facts, files
+from atoll.model.names import find, new_id
+from atoll.model.snapshot import Snapshot
+from atoll.model.spec import VmSpec
+from atoll.model.state import Phase
+from atoll.model.vm import Run, Vm
+from atoll.operations import heads, observe, ports
+from atoll.operations.boot import Incoming, boot, kill_strays
+from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.power import control, go_on
+from atoll.operations.services import Report, Services
+from atoll.operations.start import drop_removed_disks
+from atoll.qemu.monitor import Monitor
+
+
+class RestoreRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    vm_id: str
+    snapshot_id: str
+    heads: dict[str, str]
+
+
+def find_snapshot(services: Services, vm: Vm, reference: str) -> Snapshot:
+    """One of the VM's own, by name, id or unique prefix. Raises `NotFound`, `InvalidInput`."""
+    try:
+        return find(reference, services.records.snapshots(vm.id), "snapshot")
+    except NotFound as error:
+        raise NotFound(
+            f"{vm.name} has no snapshot '{reference}'",
+            next_step=error.next_step if "mean" in error.next_step else f"`atoll history {vm.name}` lists them.",
+        ) from None
+
+
+async def restore(vm: Vm, node: Snapshot, *, services: Services, report: Report | None = None) -> None:
+    """Make the VM what it was. One that has memory goes on from there; else a VM that runs is booted anew.
+
+    The present is lost: take a snapshot first to keep it. Raises `Unsupported` when the memory is of another
+    accelerator, `EngineFailed`, `StorageFailed`; the VM is then as it was.
+    """
+    request = RestoreRequest(
+        vm_id=vm.id, snapshot_id=node.id, heads={disk.name: new_id() for disk in node.spec.disks if disk.layer}
+    )
+    await perform(RESTORE, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
+
+
+def _node(context: Context[RestoreRequest]) -> Snapshot:
+    node = context.services.records.snapshot(context.request.snapshot_id)
+    if node is None:
+        raise NotFound(f"{context.vm.name}: the snapshot is gone", "another command removed it")
+    return node
+
+
+def restored_spec(vm: Vm, node: Snapshot, new_heads: dict[str, str]) -> VmSpec:
+    """The snapshot's machine on new heads; published ports are the host's business, so they stay as they are."""
+    published = {nic.name: nic.ports for nic in vm.spec.nics}
+    nics = tuple(replace(nic, ports=published.get(nic.name, ())) for nic in node.spec.nics)
+    disks = tuple(replace(disk, head=new_heads.get(disk.name, "")) for disk in node.spec.disks)
+    return replace(node.spec, nics=nics, disks=disks)
+
+
+async def _check(context: Context[RestoreRequest]) -> None:
+    services, vm, node = context.services, context.vm, _node(context)
+    phase = observe.phase_of(services, vm)
+    context.notes["phase"] = str(phase)
+    if node.memory is None:
+        return
+    caps = await services.capabilities(node.spec.arch)
+    accelerator = await services.accelerator(node.spec.accelerator, caps)
+    if accelerator != node.memory.accelerator:
+        raise Unsupported(
+            f"{vm.name}: '{node.name}' can't go on here",
+            f"its memory was saved under {node.memory.accelerator}, and guests run under {accelerator} now",
+            f"Restore the disks only: `atoll restore --disk-only {vm.name} {node.name}`.",
+        )
+
+
+async def _make_heads(context: Context[RestoreRequest]) -> None:
+    spec = restored_spec(context.vm, _node(context), context.request.heads)
+    await heads.make(context.services.layout, context.subject, spec.disks)
+
+
+async def _remove_heads(context: Context[RestoreRequest]) -> None:
+    vm, node = (
+        context.services.records.vm(context.subject),
+        context.services.records.snapshot(context.request.snapshot_id),
+    )
+    if vm is not None and node is not None:
+        spec = restored_spec(vm, node, context.request.heads)
+        heads.remove(context.services.layout, vm, vm.id, spec.disks)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.before")
+
+
+async def _set_aside(context: Context[RestoreRequest]) -> None:
+    services, vm, node = context.services, context.vm, _node(context)
+    paths = services.layout.vm(vm.id)
+    if observe.phase_of(services, vm) is not Phase.STOPPED:
+        async with control(services, vm) as monitor:
+            if context.notes["phase"] == Phase.RUNNING:
+                await monitor.execute("stop")
+            await _forward(monitor, vm, add=False)
+        paths.run.rename(_aside(paths.run))
+    if paths.nvram.exists() and not _aside(paths.nvram).exists():
+        paths.nvram.rename(_aside(paths.nvram))
+    if node.nvram is not None:
+        files.write_atomically(paths.nvram, services.layout.blob(node.nvram).read_bytes())
+
+
+async def _forward(monitor: Monitor, vm: Vm, *, add: bool) -> None:
+    for nic in vm.spec.nics:
+        for port in nic.ports:
+            await ports.forward(monitor, nic.name, port, add=add)
+
+
+async def _take_back(context: Context[RestoreRequest]) -> None:
+    services = context.services
+    vm = services.records.vm(context.subject)
+    if vm is None:
+        return
+    paths = services.layout.vm(vm.id)
+    if _aside(paths.nvram).exists():
+        _aside(paths.nvram).rename(paths.nvram)
+    if _aside(paths.run).exists():
+        shutil.rmtree(paths.run, ignore_errors=True)
+        _aside(paths.run).rename(paths.run)
+    if vm.run is None or not facts.is_alive(vm.run):
+        return
+    with contextlib.suppress(AtollError):
+        async with control(services, vm) as monitor:
+            await _forward(monitor, vm, add=True)
+    if context.notes.get("phase") == Phase.RUNNING:
+        await go_on(services, vm)
+
+
+async def _launch(context: Context[RestoreRequest]) -> None:
+    services, vm, node = context.services, context.vm, _node(context)
+    if node.memory is None and context.notes["phase"] == Phase.STOPPED:
+        return
+    await kill_strays(vm)
+    incoming = Incoming(services.layout.memory_file(node.memory.id)) if node.memory is not None else None
+    spec = restored_spec(vm, node, context.request.heads)
+    # A seed that was attached at that instant is there again: the machine has to be the same.
+    run = await boot(services, replace(vm, seeded=node.seeded), spec, report=context.report, incoming=incoming)
+    context.notes["run"] = msgspec.to_builtins(run)
+
+
+async def _kill(context: Context[RestoreRequest]) -> None:
+    vm = context.services.records.vm(context.subject)
+    if vm is not None:
+        await kill_strays(vm)
+
+
+async def _record(context: Context[RestoreRequest]) -> None:
+    services, vm, node = context.services, context.vm, _node(context)
+    run = msgspec.convert(context.notes["run"], Run) if "run" in context.notes else None
+    if vm.suspended is not None:
+        context.notes["dropped memory"] = vm.suspended.id
+    spec = restored_spec(vm, node, context.request.heads)
+    restored = replace(
+        vm, spec=spec, pending=None, run=run, snapshot=node.id, seeded=node.seeded, suspended=None, last_exit=None
+    )
+    services.records.put_vm(restored)
+    services.records.add_event("vm.restored", vm_id=vm.id, name=vm.name, data={"snapshot": node.name, "id": node.id})
+
+
+async def _go_on(context: Context[RestoreRequest]) -> None:
+    services, vm = context.services, context.vm
+    # The old QEMU is one that isn't recorded any more.
+    await kill_strays(vm)
+    node = services.records.snapshot(context.request.snapshot_id)
+    if node is not None and node.memory is not None and node.memory.running:
+        await go_on(services, vm)
+    paths = services.layout.vm(vm.id)
+    drop_removed_disks(paths, vm.spec)
+    shutil.rmtree(_aside(paths.run), ignore_errors=True)
+    _aside(paths.nvram).unlink(missing_ok=True)
+    if "dropped memory" in context.notes:
+        services.layout.memory_file(context.notes["dropped memory"]).unlink(missing_ok=True)
+
+
+RESTORE = Verb(
+    name="restore",
+    request=RestoreRequest,
+    steps=(
+        Step("check", _check),
+        Step("heads", _make_heads, _remove_heads),
+        Step("set aside", _set_aside, _take_back),
+        Step("launch", _launch, _kill),
+        Step("record", _record, final=True),
+        Step("go on", _go_on),
+    ),
+)

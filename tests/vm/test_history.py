@@ -1,0 +1,149 @@
+"""A running computer treated like a commit: kept, restored, cloned; each copy has the content of its instant."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from tests.helpers.machines import Factory
+from tests.helpers.world import disagreements
+
+from atoll.errors import AlreadyExists, InvalidInput, NotFound
+from atoll.model.requests import DiskRequest
+from atoll.model.state import Phase
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
+
+MIB = 1024**2
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+async def test_a_running_guest_goes_on_from_where_it_was(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh(
+        "echo one > /root/file; sync; echo kept > /tmp/in-memory; (while :; do sleep 1; done) & echo $! > /tmp/pid"
+    )
+    before, boot = await vm.read("/tmp/pid"), await vm.read("/proc/sys/kernel/random/boot_id")
+    node = await vm.snapshot("clean", message="before the upgrade")
+    assert node.memory is not None and node.memory.running
+    frozen = hashes(factory.layout.layers) | hashes(factory.layout.memory)
+    await vm.sh("echo two > /root/file; sync; rm /tmp/in-memory; kill $(cat /tmp/pid)")
+
+    await vm.restore("clean")
+    assert await vm.phase() is Phase.RUNNING
+    assert await vm.read("/root/file") == "one"
+    assert await vm.read("/tmp/in-memory") == "kept"
+    assert await vm.sh(f"kill -0 {before} && echo alive") == "alive"
+    assert await vm.read("/proc/sys/kernel/random/boot_id") == boot
+    await vm.sh("sync; dd if=/dev/vda of=/dev/null bs=1M count=200 2>/dev/null")
+    await vm.write("/root/file", "three")
+    assert hashes(factory.layout.layers) | hashes(factory.layout.memory) == frozen, "frozen files are never written"
+
+    await vm.restore("clean")
+    assert await vm.read("/root/file") == "one"
+    await vm.restart()
+    await vm.wait("ready", timeout=120)
+    assert await vm.read("/root/file") == "one"
+    assert await disagreements(factory.layout) == []
+
+
+async def test_a_stopped_vm_keeps_its_disks(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB", disks=(DiskRequest(name="data", size="8MiB"),))
+    await vm.sh("echo one > /root/file; printf first > /dev/vdb; sync")
+    await vm.stop()
+    first = await vm.snapshot()
+    assert first.name == "snap-1" and first.memory is None
+    await vm.start(wait=True, timeout=120)
+    await vm.sh("echo two > /root/file; printf secnd > /dev/vdb; sync")
+    await vm.stop()
+    second = await vm.snapshot("second")
+    assert second.parent == first.id
+    await vm.restore(first.id[:12])
+    assert await vm.phase() is Phase.STOPPED
+    third = await vm.snapshot("third")
+    assert third.parent == first.id
+    await vm.start(wait=True, timeout=120)
+    assert (await vm.read("/root/file"), await vm.sh("head -c 5 /dev/vdb")) == ("one", "first")
+    await vm.restore("second")
+    await vm.wait("ready", timeout=120)
+    assert (await vm.read("/root/file"), await vm.sh("head -c 5 /dev/vdb")) == ("two", "secnd")
+    history = await vm.history()
+    assert [(node.snapshot.name, node.heads) for node in history] == [("snap-1", ()), ("second", ("v",)), ("third", ())]
+    assert await disagreements(factory.layout) == []
+
+
+async def test_wrong_snapshots_are_refused_and_change_nothing(factory: Factory) -> None:
+    vm = await factory.create("tiny", name="v")
+    await vm.snapshot("one")
+    before = vm.record
+    with pytest.raises(AlreadyExists, match="has a snapshot 'one' already"):
+        await vm.snapshot("one")
+    with pytest.raises(InvalidInput):
+        await vm.snapshot("../x")
+    with pytest.raises(InvalidInput, match="goes with --disk-only"):
+        await vm.snapshot(quiesce=True)
+    with pytest.raises(NotFound, match="has no snapshot 'two'"):
+        await vm.restore("two")
+    assert vm.record == before
+    assert await factory.host.operations.ls(unfinished=True) == []
+    assert await disagreements(factory.layout) == []
+
+
+async def test_a_machine_with_plugged_disks_and_a_paused_guest_comes_back(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.disk_add(DiskRequest(name="hot", size="8MiB"))
+    await vm.sh("i=0; until [ -b /dev/vdb ]; do i=$((i+1)); [ $i -lt 100 ] || exit 1; usleep 100000; done")
+    await vm.sh("printf plugged > /dev/vdb; sync")
+    await vm.pause()
+    await vm.snapshot("paused")
+    await vm.resume()
+    await vm.sh("printf changed > /dev/vdb; sync")
+    await vm.restore("paused")
+    assert await vm.phase() is Phase.PAUSED
+    await vm.resume()
+    assert await vm.sh("dd if=/dev/vdb iflag=direct bs=512 count=1 2>/dev/null | head -c 7") == "plugged"
+    assert (await vm.disk_rm("hot")).when == "now"
+    assert await disagreements(factory.layout) == []
+
+
+async def test_clones_of_running_and_stopped_vms_go_their_own_ways(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo source > /root/file; sync")
+    await vm.snapshot("clean", disk_only=True)
+    await vm.sh("echo later > /root/file; sync")
+    of_present = factory.machine(await vm.clone("present"))
+    of_past = factory.machine(await factory.host.clone("v@clean", "past"))
+    whole = factory.machine(await factory.host.clone("v@clean", "whole", full=True))
+    assert whole.record.spec.disks[0].layer is None
+    assert len({m.record.spec.nics[0].mac for m in (vm, of_present, of_past, whole)}) == 4
+    await vm.forget("clean")
+    await vm.rm(force=True)
+    for machine, content in ((of_present, "later"), (of_past, "source"), (whole, "source")):
+        await machine.start(wait=True, timeout=120)
+        assert await machine.read("/root/file") == content
+        assert await machine.sh("hostname") == machine.name
+        await machine.sh("echo mine > /root/file; sync")
+        await machine.stop(force=True)
+    assert await disagreements(factory.layout) == []
+
+
+async def test_forgetting_gives_space_back_and_leaves_heads_whole(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    for number in range(3):
+        await vm.sh(f"dd if=/dev/urandom of=/root/big bs=1M count=4 2>/dev/null; echo {number} > /root/file; sync")
+        await vm.snapshot(f"s{number}")
+    content = await vm.sh("sha256sum /root/big")
+    await vm.restore("s0")
+    await vm.forget("s1")
+    await vm.forget("s2")
+    assert [node.snapshot.name for node in await vm.history()] == ["s0"]
+    assert len(list(factory.layout.memory.iterdir())) == 1
+    assert await vm.read("/root/file") == "0"
+    assert await vm.sh("sha256sum /root/big") != content
+    await vm.forget("s0")
+    assert await vm.read("/root/file") == "0"
+    await vm.rm(force=True)
+    assert not list(factory.layout.memory.iterdir())
+    assert await disagreements(factory.layout) == []
