@@ -207,6 +207,16 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def memory_private(pid: int) -> int:
+    """Bytes of memory that a process shares with nobody (`smaps_rollup`). Raises `StorageFailed` when it is gone."""
+    path = PROC / f"{pid}/smaps_rollup"
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise from_os_error(error, f"read {path}") from error
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
 def thread_ran(pid: int, thread: int) -> float | None:
     """Seconds that a thread has had a processor for; None while it waits for something, or is gone."""
     folder = PROC / f"{pid}/task/{thread}"

@@ -16,6 +16,8 @@ class Memory(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What ran the guest; another one has other CPUs, so it can't go on there."""
     running: bool = True
     """Whether it ran at that instant, or was paused."""
+    shared: bool = False
+    """It is a snapshot's, and others may go on from it too."""
 
 
 class Snapshot(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

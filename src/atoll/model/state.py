@@ -24,22 +24,29 @@ class Phase(StrEnum):
     """The guest stands still and can go on: somebody paused it, or it waits for room on the host's disk."""
     CRASHED = "crashed"
     """The process lives, the guest doesn't: QEMU reports `internal-error`, `watchdog` or `guest-panicked`."""
+    SUSPENDED = "suspended"
+    """There is no process; its memory is on the disk, and the next start goes on from it."""
     UNKNOWN = "unknown"
 
 
-Verb = Literal["start", "stop", "pause", "resume", "rm", "exec", "console", "reset", "hotplug", "snapshot"]
+Verb = Literal[
+    "start", "stop", "pause", "resume", "rm", "exec", "console", "reset", "hotplug", "snapshot", "suspend", "disk"
+]  # fmt: skip
 
 ALLOWED: dict[Verb, frozenset[Phase]] = {
-    "start": frozenset({Phase.STOPPED}),
+    "start": frozenset({Phase.STOPPED, Phase.SUSPENDED}),
     "stop": frozenset({Phase.RUNNING, Phase.PAUSED, Phase.STARTING, Phase.CRASHED, Phase.UNKNOWN}),
     "pause": frozenset({Phase.RUNNING}),
     "resume": frozenset({Phase.PAUSED}),
-    "rm": frozenset({Phase.STOPPED}),
+    "rm": frozenset({Phase.STOPPED, Phase.SUSPENDED}),
     "exec": frozenset({Phase.RUNNING}),
     "console": frozenset({Phase.RUNNING, Phase.PAUSED, Phase.STARTING, Phase.CRASHED}),
     "reset": frozenset({Phase.RUNNING, Phase.PAUSED, Phase.CRASHED}),
     "hotplug": frozenset({Phase.RUNNING, Phase.PAUSED}),
     "snapshot": frozenset({Phase.STOPPED, Phase.RUNNING, Phase.PAUSED}),
+    "suspend": frozenset({Phase.RUNNING, Phase.PAUSED}),
+    # Its disks have to stay as its memory knows them.
+    "disk": frozenset(Phase) - {Phase.SUSPENDED},
 }
 
 # QEMU's RunState (qapi/run-state.json) as a phase.
@@ -89,6 +96,7 @@ def require(name: str, phase: Phase, verb: Verb) -> None:
         return
     next_steps = {
         Phase.STOPPED: f"Start it with `atoll start {name}`.",
+        Phase.SUSPENDED: f"Let it go on with `atoll resume {name}`, or drop its memory with `atoll stop {name}`.",
         Phase.PAUSED: f"Let it go on with `atoll resume {name}`.",
         Phase.RUNNING: f"Stop it with `atoll stop {name}`." if verb in ("rm", "start") else "",
         Phase.STARTING: f"Wait for it with `atoll wait {name}`.",

@@ -21,6 +21,8 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     accelerator: str
     qemu_version: str
     start_count: int = 1
+    from_memory: bool = False
+    """It didn't boot, but went on from memory that was saved."""
 
 
 class Exit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

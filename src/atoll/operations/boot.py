@@ -15,19 +15,23 @@ from atoll.host.launch import launch
 from atoll.host.sockets import connect
 from atoll.layout import VmPaths
 from atoll.model.launch import LaunchPlan
-from atoll.model.spec import PortSpec, VmSpec
+from atoll.model.spec import Arch, PortSpec, VmSpec
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Run, Vm
 from atoll.operations import observe
 from atoll.operations.create import firmware_for
 from atoll.operations.descriptors import hand_over, set_path
 from atoll.operations.services import Report, Services
-from atoll.qemu import jobs
+from atoll.qemu import jobs, mapped_ram
 from atoll.qemu.monitor import Monitor
 from atoll.qemu.plan import PlanInputs, PrivateRam, plan
 
 GREETING_TIME = 60.0
 """Seconds until QEMU must have opened everything and answered; many starting at once on two cores take a while."""
+
+
+RAM_BASE: dict[Arch, int] = {"x86_64": 0, "aarch64": 1 << 30, "riscv64": 1 << 31}
+"""Where RAM begins in the guest's physical memory (hw/arm/virt.c, hw/riscv/virt.c in QEMU's source)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
         started_at=time.time(),
         accelerator=accelerator,
         qemu_version=version,
+        from_memory=incoming is not None,
     )
 
 
@@ -127,7 +132,7 @@ async def _greet(vm: Vm, paths: VmPaths, incoming: Incoming | None, report: Repo
         async with Monitor(connect(paths.socket("control")), timeout=GREETING_TIME) as monitor:
             version = await monitor.execute("query-version")
             if incoming is not None:
-                await _load(monitor, incoming, report)
+                await _load(monitor, incoming, vm.spec.arch, report)
             status = await monitor.execute("query-status")
     except (EngineFailed, OSError) as error:
         raise _start_failure(vm, paths, str(error)) from error
@@ -138,12 +143,27 @@ async def _greet(vm: Vm, paths: VmPaths, incoming: Incoming | None, report: Repo
     return f"{number['major']}.{number['minor']}.{number['micro']}"
 
 
-async def _load(monitor: Monitor, incoming: Incoming, report: Report) -> None:
+async def _load(monitor: Monitor, incoming: Incoming, arch: Arch, report: Report) -> None:
     number = await hand_over(monitor, incoming.stream, "read", name="memory")
     async with jobs.capabilities(monitor, jobs.WHOLE_MEMORY), jobs.migration_events(monitor) as events:
         await monitor.execute("migrate-incoming", {"uri": f"file:{set_path(number)}"})
         await jobs.until_ended(monitor, events, report=report, step="load the memory")
     await monitor.execute("remove-fd", {"fdset-id": number})
+    if incoming.ram is not None:
+        await _check_kept(monitor, incoming.ram, arch)
+
+
+async def _check_kept(monitor: Monitor, ram: PrivateRam, arch: Arch) -> None:
+    """That loading has left the mapped RAM alone: no page of it was in the stream, and none may have been cleared."""
+    sample = await asyncio.to_thread(mapped_ram.first_word, Path(ram.path))
+    if sample is None:
+        return
+    offset, word = sample
+    said = str(
+        await monitor.execute("human-monitor-command", {"command-line": f"xp /1gx {RAM_BASE[arch] + offset:#x}"})
+    )
+    if f"{word:#018x}" not in said:
+        raise EngineFailed("this QEMU clears RAM that a stream doesn't have", f"it says {said.strip()}")
 
 
 def _start_failure(vm: Vm, paths: VmPaths, otherwise: str) -> EngineFailed:

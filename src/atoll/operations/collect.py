@@ -64,7 +64,7 @@ def collect(services: Services, *, dry_run: bool, without: Collection[str] = ())
     layout, wanted = services.layout, needed(services, without=without)
     unneeded = [path for path in _files_in(layout.layers) if path.stem not in wanted.layers]
     unneeded += [path for path in _files_in(layout.blobs) if path.name not in wanted.blobs]
-    unneeded += [path for path in _files_in(layout.memory) if path.name not in wanted.memory]
+    unneeded += [path for path in _files_in(layout.memory) if path.stem not in wanted.memory]
     found = [
         (f"{path.parent.name.removesuffix('s')} {path.stem[:SHORT_ID]}", path.stat().st_blocks * 512)
         for path in unneeded

@@ -1,7 +1,7 @@
 """disk add, disk rm, disk resize
 
 add      check ─ file (undo: remove it) ─ attach, if it runs (undo: detach) ─ record  (point of no return)
-rm       detach, if it runs (undo: attach) ─ record (point of no return) ─ delete
+rm       check ─ detach, if it runs (undo: attach) ─ record (point of no return) ─ delete
 resize   check ─ grow the file or the open node (point of no return: disks only grow) ─ record
 """
 
@@ -15,7 +15,7 @@ from atoll.errors import AlreadyExists, AtollError, EngineFailed, InvalidInput, 
 from atoll.host import disks
 from atoll.model.requests import DiskRequest
 from atoll.model.spec import DiskSpec, VmSpec
-from atoll.model.state import Phase
+from atoll.model.state import Phase, require
 from atoll.model.units import format_size
 from atoll.model.vm import Change, Vm
 from atoll.operations import observe, resolve_disks
@@ -137,6 +137,7 @@ def _put(context: Context[Any], changed: tuple[DiskSpec, ...], *, now: bool) -> 
 
 async def _check_name_free(context: Context[AddRequest]) -> None:
     """A step of its own, without undo: the file of a disk that is there is neither replaced nor removed."""
+    require(context.vm.name, observe.phase_of(context.services, context.vm), "disk")
     name = context.request.disk.name
     if any(disk.name == name for disk in _all_disks(context.vm)):
         raise AlreadyExists(f"{context.vm.name}: there is a disk '{name}' already", next_step="Choose another name.")
@@ -234,6 +235,10 @@ async def _record_added(context: Context[AddRequest]) -> None:
 # rm
 
 
+async def _check_it_may_go(context: Context[RemoveDiskRequest]) -> None:
+    require(context.vm.name, observe.phase_of(context.services, context.vm), "disk")
+
+
 async def _attach_again(context: Context[RemoveDiskRequest]) -> None:
     with contextlib.suppress(AtollError):
         await _attach(context)
@@ -257,6 +262,7 @@ async def _delete_file(context: Context[RemoveDiskRequest]) -> None:
 
 async def _check_it_grows(context: Context[ResizeRequest]) -> None:
     """Another command may have grown it, or taken it away, since this one looked."""
+    require(context.vm.name, observe.phase_of(context.services, context.vm), "disk")
     check_growth(context.vm, context.request.name, context.request.size)
 
 
@@ -296,6 +302,7 @@ REMOVE = Verb(
     name="disk rm",
     request=RemoveDiskRequest,
     steps=(
+        Step("check", _check_it_may_go),
         Step("detach", _detach, _attach_again),
         Step("record", _record_removed, final=True),
         Step("delete", _delete_file),

@@ -58,7 +58,8 @@ def observe(services: Services, vms: Iterable[Vm], working: dict[str, str]) -> l
     for vm in everyone:
         if vm.run is not None and vm.id not in answers:
             vm = record_end(services, vm)
-        phase, trouble = answers.get(vm.id, (Phase.STOPPED, None))
+        no_process = Phase.SUSPENDED if vm.suspended is not None else Phase.STOPPED
+        phase, trouble = answers.get(vm.id, (no_process, None))
         ended = vm.last_exit if phase is Phase.STOPPED else None
         found.append(VmInfo(vm=vm, phase=phase, operation=working.get(vm.id), exit=ended, trouble=trouble))
     return found

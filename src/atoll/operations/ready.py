@@ -119,6 +119,9 @@ async def _first_boot_done(vm: Vm, services: Services) -> None:
 
 async def _agent_openings(vm: Vm, paths: VmPaths) -> AsyncIterator[bool]:
     """True each time the guest opens its agent's port, false when it closes it."""
+    if vm.run is not None and vm.run.from_memory:
+        # Its port was open already when its memory was saved, and QEMU doesn't tell that again.
+        yield True
     rest = b""
     async for chunk in _until_exit(vm, paths.event_log):
         *lines, rest = (rest + chunk).split(b"\n")

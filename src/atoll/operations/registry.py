@@ -16,6 +16,7 @@ from atoll.operations import (
     snapshot,
     start,
     stop,
+    suspend,
 )
 from atoll.operations.engine import Verb
 
@@ -39,5 +40,6 @@ VERBS: dict[str, Verb[Any]] = {
         snapshot.SNAPSHOT,
         restore.RESTORE,
         clone.CUT,
+        suspend.SUSPEND,
     )
 }

@@ -45,7 +45,8 @@ def ended_throwaways(services: Services) -> list[Vm]:
     return [
         vm
         for vm in services.records.throwaways()
-        if (vm.run is None and vm.last_exit is not None) or (vm.run is not None and not facts.is_alive(vm.run))
+        if (vm.run is None and vm.last_exit is not None and vm.suspended is None)
+        or (vm.run is not None and not facts.is_alive(vm.run))
     ]
 
 

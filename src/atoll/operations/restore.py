@@ -118,7 +118,7 @@ def _aside(path: Path) -> Path:
 async def _set_aside(context: Context[RestoreRequest]) -> None:
     services, vm, node = context.services, context.vm, _node(context)
     paths = services.layout.vm(vm.id)
-    if observe.phase_of(services, vm) is not Phase.STOPPED:
+    if observe.phase_of(services, vm) not in (Phase.STOPPED, Phase.SUSPENDED):
         async with control(services, vm) as monitor:
             if context.notes["phase"] == Phase.RUNNING:
                 await monitor.execute("stop")
@@ -158,7 +158,7 @@ async def _take_back(context: Context[RestoreRequest]) -> None:
 
 async def _launch(context: Context[RestoreRequest]) -> None:
     services, vm, node = context.services, context.vm, _node(context)
-    if node.memory is None and context.notes["phase"] == Phase.STOPPED:
+    if node.memory is None and context.notes["phase"] in (Phase.STOPPED, Phase.SUSPENDED):
         return
     await kill_strays(vm)
     incoming = Incoming(services.layout.memory_file(node.memory.id)) if node.memory is not None else None

@@ -24,6 +24,7 @@ from atoll.operations.boot import Incoming, boot, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import go_on
 from atoll.operations.services import Report, Services
+from atoll.operations.template import shared_memory
 
 
 class StartRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,10 +48,17 @@ async def _launch(context: Context[StartRequest]) -> None:
     await kill_strays(vm)
     incoming = None
     if vm.suspended is not None:
-        incoming = Incoming(services.layout.memory_file(vm.suspended.id))
         context.notes["suspended"] = msgspec.to_builtins(vm.suspended)
+        incoming = await _memory(services, vm.suspended)
     run = await boot(services, vm, _wanted(vm), report=context.report, incoming=incoming)
     context.notes["run"] = msgspec.to_builtins(run)
+
+
+async def _memory(services: Services, memory: Memory) -> Incoming:
+    """One's own memory is loaded; what others go on from as well is shared until it is written."""
+    if memory.shared:
+        return await shared_memory(services, memory)
+    return Incoming(services.layout.memory_file(memory.id))
 
 
 def _wanted(vm: Vm) -> VmSpec:
@@ -80,7 +88,8 @@ async def _go_on(context: Context[StartRequest]) -> None:
     memory = msgspec.convert(suspended, Memory)
     if memory.running:
         await go_on(context.services, context.vm)
-    context.services.layout.memory_file(memory.id).unlink(missing_ok=True)
+    if not memory.shared:
+        context.services.layout.memory_file(memory.id).unlink(missing_ok=True)
 
 
 def drop_removed_disks(paths: VmPaths, spec: VmSpec) -> None:

@@ -119,7 +119,10 @@ async def end(services: Services, vm: Vm, gone: "asyncio.Future[None]") -> None:
 
 
 async def _record(context: Context[StopRequest]) -> None:
+    from atoll.operations.suspend import drop
+
     record_stopped(context.services, context.vm, str(context.notes.get("how", "")))
+    drop(context.services, context.vm)
 
 
 def record_stopped(services: Services, vm: Vm, how: str) -> None:

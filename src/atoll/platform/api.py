@@ -52,7 +52,13 @@ class AsyncVm(Protocol):
 
     async def restart(self, *, force: bool = False, timeout: float = 60.0) -> None: ...
     async def pause(self) -> None: ...
-    async def resume(self) -> None: ...
+
+    async def resume(self) -> None:
+        """Let a paused or suspended VM go on."""
+
+    async def suspend(self, *, report: Report | None = None) -> None:
+        """Write its memory to the disk and end its process; `resume` and `start` go on from there."""
+
     async def rm(self, *, force: bool = False) -> None: ...
     async def rename(self, name: str) -> None: ...
     async def set(self, request: SetRequest) -> list[Change]: ...
@@ -142,6 +148,12 @@ class AsyncVm(Protocol):
     async def forget(self, snapshot: str) -> None:
         """Take a snapshot out of the history. What stands on it keeps its data."""
 
+    async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> "list[AsyncVm]":
+        """Running copies of this instant, their memory shared until it is written; this one runs on.
+
+        `{n}` in the name is the copy's number. Fine for a VM that is a copy itself.
+        """
+
     async def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "AsyncVm":
         """A stopped VM with this one's disks as they are now; with `full` it shares nothing with it."""
 
@@ -212,6 +224,11 @@ class AsyncHost(Protocol):
         self, source: str, name: str | None = None, *, full: bool = False, report: Report | None = None
     ) -> AsyncVm:
         """A stopped VM with the disks of a VM (`web`) or of a snapshot (`web@clean`, or its id)."""
+
+    async def fork(
+        self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None
+    ) -> list[AsyncVm]:
+        """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
 
     def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         """What happened, and with `follow` what happens; `after` is the last event that is known already."""

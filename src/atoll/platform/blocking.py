@@ -171,6 +171,7 @@ class Vm(_Handle[AsyncVm]):
     restart = _blocking(AsyncVm.restart)
     pause = _blocking(AsyncVm.pause)
     resume = _blocking(AsyncVm.resume)
+    suspend = _blocking(AsyncVm.suspend)
     rm = _blocking(AsyncVm.rm)
     rename = _blocking(AsyncVm.rename)
     set = _blocking(AsyncVm.set)
@@ -193,6 +194,11 @@ class Vm(_Handle[AsyncVm]):
     history = _blocking(AsyncVm.history)
     restore = _blocking(AsyncVm.restore)
     forget = _blocking(AsyncVm.forget)
+
+    def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> "list[Vm]":
+        """Running copies of this instant, their memory shared until it is written; this one runs on."""
+        made = self._calls.wait_for(lambda: self._inner.fork(count, name=name, report=report))
+        return [Vm(vm, self._calls) for vm in made]
 
     def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "Vm":
         """A stopped VM with this one's disks as they are now; with `full` it shares nothing with it."""
@@ -314,6 +320,11 @@ class Host(_Handle[AsyncHost]):
         """A stopped VM with the disks of a VM (`web`) or of a snapshot (`web@clean`, or its id)."""
         clone = functools.partial(self._inner.clone, source, name, full=full, report=report)
         return Vm(self._calls.wait_for(clone), self._calls)
+
+    def fork(self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None) -> list[Vm]:
+        """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
+        made = self._calls.wait_for(lambda: self._inner.fork(source, count, name=name, report=report))
+        return [Vm(vm, self._calls) for vm in made]
 
     def notices(self) -> list[str]:
         """What recovery did to operations that a killed process had left, told once."""

@@ -9,7 +9,7 @@ from atoll.layout import Layout
 from atoll.model.requests import CreateRequest
 from atoll.model.vm import Event, VmInfo
 from atoll.operations.services import Services
-from atoll.platform.api import Report
+from atoll.platform.api import AsyncVm, Report
 from atoll.platform.local_parts import LocalImages, LocalOperations
 from atoll.platform.local_vm import LocalVm
 
@@ -130,6 +130,15 @@ class LocalHost:
 
         found = find_source(source, self._services)
         return LocalVm(self._services, await clone(found, name, services=self._services, full=full, report=report))
+
+    async def fork(
+        self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None
+    ) -> list[AsyncVm]:
+        from atoll.operations.clone import find_source
+        from atoll.operations.fork import fork
+
+        made = await fork(find_source(source, self._services), count, name, services=self._services, report=report)
+        return [LocalVm(self._services, vm) for vm in made]
 
     async def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         records = self._services.records

@@ -94,9 +94,17 @@ class LocalVm:
 
         await pause(self._record(), services=self._services)
 
+    async def suspend(self, *, report: Report | None = None) -> None:
+        from atoll.operations.suspend import suspend
+
+        await suspend(self._record(), services=self._services, report=report)
+
     async def resume(self) -> None:
         from atoll.operations.power import resume
 
+        if self._record().suspended is not None:
+            await self.start()
+            return
         await resume(self._record(), services=self._services)
 
     async def rm(self, *, force: bool = False) -> None:
@@ -265,6 +273,12 @@ class LocalVm:
 
         vm = self._record()
         await forget(vm, find_snapshot(self._services, vm, snapshot), services=self._services)
+
+    async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> "list[AsyncVm]":
+        from atoll.operations.fork import fork
+
+        made = await fork(self._record(), count, name, services=self._services, report=report)
+        return [LocalVm(self._services, vm) for vm in made]
 
     async def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "LocalVm":
         from atoll.operations.clone import clone

@@ -7,7 +7,7 @@ the last block comes the state of the devices. Numbers are big-endian, bitmaps t
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -123,16 +123,41 @@ def data(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield first, start
 
 
-def without_ram(source: Path, target: Path) -> Block:
-    """Copy a stream but for the guest's memory; returns where that is in `source`.
+def ram_of(found: Sequence[Block]) -> Block:
+    """The block that is the guest's memory. Raises `EngineFailed` when there is none."""
+    for block in found:
+        if block.name == RAM:
+            return block
+    raise EngineFailed("the memory can't be read", f"it has no block '{RAM}'")
+
+
+def first_word(path: Path) -> tuple[int, int] | None:
+    """The offset in RAM and the value of a word that isn't zero, to see whether it is there; None if all is zero.
+
+    It is looked for above the first MiB, where PCs have ROMs and video memory in RAM's place, and in the first GiB.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        ram = ram_of(blocks(descriptor))
+        for start, end in data(descriptor, ram.pages_offset + (1 << 20), min(ram.end, ram.pages_offset + (1 << 30))):
+            page = os.pread(descriptor, min(ram.page_size, end - start), start)
+            for position in range(0, len(page) - 7, 8):
+                word = int.from_bytes(page[position : position + 8], "little")
+                if word:
+                    return start - ram.pages_offset + position, word
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def without_ram(source: Path, target: Path) -> None:
+    """Copy a stream but for the guest's memory.
 
     In the copy no page of that block is marked as there, so a machine whose RAM is mapped from `source` keeps it.
     """
     reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        ram = next((block for block in blocks(reading) if block.name == RAM), None)
-        if ram is None:
-            raise EngineFailed("the memory can't be read", "it has no block 'ram'")
+        ram = ram_of(blocks(reading))
         size = os.fstat(reading).st_size
         writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -141,7 +166,6 @@ def without_ram(source: Path, target: Path) -> Block:
                 _copy(reading, writing, start, end)
         finally:
             os.close(writing)
-        return ram
     finally:
         os.close(reading)
 

@@ -1,0 +1,129 @@
+"""fork: running copies of one instant, their memory shared until they write it.
+
+The source is kept (`snapshot`), each copy is made on that (`create`) with its memory as what it goes on from, and is
+started (`start`). A snapshot that was taken for it is forgotten when all have started: what runs has mapped its memory.
+"""
+
+import asyncio
+import os
+import time
+
+from msgspec.structs import replace
+
+from atoll.errors import AtollError, InvalidInput, WrongState
+from atoll.model.names import check_vm_name, new_id
+from atoll.model.operation import Progress
+from atoll.model.snapshot import Snapshot
+from atoll.model.spec import VmSpec
+from atoll.model.vm import Vm
+from atoll.operations import resolve_disks
+from atoll.operations.create import CREATE, NewVm
+from atoll.operations.engine import perform
+from atoll.operations.history import forget
+from atoll.operations.remove import remove
+from atoll.operations.services import Report, Services
+from atoll.operations.snapshot import SnapshotOptions, free_name, snapshot
+from atoll.operations.start import start
+
+MOST = 1000
+"""Copies that one command makes."""
+_NUMBER = "{n}"
+
+
+def names_of(pattern: str | None, count: int, *, source: str, taken: set[str]) -> list[str]:
+    """A name for each copy: `{n}` in the pattern is a number, from 1 on. Raises `InvalidInput`."""
+    if not 1 <= count <= MOST:
+        raise InvalidInput(f"{count} copies can't be made", f"one command makes 1 to {MOST}")
+    if pattern is not None and _NUMBER not in pattern:
+        if count > 1:
+            raise InvalidInput(
+                f"'{pattern}' is one name for {count} copies",
+                next_step=f"Put {_NUMBER} into it: '{pattern}-{_NUMBER}'.",
+            )
+        return [check_vm_name(pattern)]
+    stem = pattern or f"{source}-{_NUMBER}"
+    found: list[str] = []
+    number = 0
+    while len(found) < count:
+        number += 1
+        name = check_vm_name(stem.replace(_NUMBER, str(number)))
+        if name not in taken:
+            found.append(name)
+    return found
+
+
+async def fork(
+    source: Vm | Snapshot, count: int, pattern: str | None, *, services: Services, report: Report | None = None
+) -> list[Vm]:
+    """Start `count` copies. If one fails, those that were made are removed again, and its error is raised.
+
+    Raises `InvalidInput`, `WrongState` for a source without memory, `AlreadyExists`, `StorageFailed`, `EngineFailed`.
+    """
+    taken = {vm.name for vm in services.records.vms()}
+    name = source.name if isinstance(source, Vm) else source.vm_name
+    names = names_of(pattern, count, source=name, taken=taken)
+    if isinstance(source, Snapshot):
+        return await _copies(source, names, services, report)
+    options = SnapshotOptions(name=free_name(services, source, "fork"), message="for copies that are being started")
+    node = await snapshot(source, options, services=services, report=report)
+    try:
+        return await _copies(node, names, services, report)
+    finally:
+        await forget(services.vm(source.id), node, services=services)
+
+
+async def _copies(node: Snapshot, names: list[str], services: Services, report: Report | None) -> list[Vm]:
+    if node.memory is None:
+        raise WrongState(
+            f"'{node.name}' of {node.vm_name} has no memory to go on from",
+            "it was taken of a stopped VM, or with --disk-only",
+            f"Use `atoll clone {node.vm_name}@{node.name}`, or fork the running VM.",
+        )
+    # QEMU's own start is what takes the time, and it is the processors' alone.
+    places = asyncio.Semaphore((os.cpu_count() or 1) + 1)
+    made: list[Vm] = []
+
+    async def one(name: str) -> None:
+        async with places:
+            made.append(await _copy(node, name, services))
+            if report is not None:
+                report(Progress(step="start copies", done=len(made), total=len(names), unit="steps"))
+
+    results = await asyncio.gather(*(one(name) for name in names), return_exceptions=True)
+    failed = next((result for result in results if isinstance(result, BaseException)), None)
+    if failed is not None:
+        for vm in made:
+            await remove(vm, services=services, force=True)
+        raise failed
+    order = {name: index for index, name in enumerate(names)}
+    return sorted(made, key=lambda vm: order[vm.name])
+
+
+async def _copy(node: Snapshot, name: str, services: Services) -> Vm:
+    assert node.memory is not None
+    vm = Vm(
+        id=new_id(),
+        name=name,
+        image=node.image,
+        created_at=time.time(),
+        spec=_own(node.spec),
+        snapshot=node.id,
+        suspended=replace(node.memory, shared=True),
+        seeded=node.seeded,
+        cloned=True,
+    )
+    await perform(CREATE, NewVm(vm=vm, nvram=node.nvram), services=services, subject=vm.id, subject_name=name)
+    try:
+        await start(services.vm(vm.id), services=services)
+    except (AtollError, asyncio.CancelledError):
+        await remove(services.vm(vm.id), services=services, force=True)
+        raise
+    return services.vm(vm.id)
+
+
+def _own(spec: VmSpec) -> VmSpec:
+    """The machine with heads of its own and nothing published. Its network card is in its memory, address and all: a
+    user-mode network is one's own, so that clashes with nobody.
+    """
+    nics = tuple(replace(nic, ports=()) for nic in spec.nics)
+    return replace(spec, nics=nics, disks=resolve_disks.with_heads(resolve_disks.without_heads(spec.disks)))

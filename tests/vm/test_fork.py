@@ -1,0 +1,121 @@
+"""Running copies of one instant, and machines that sleep on the disk."""
+
+import pytest
+from tests.helpers.machines import Factory
+from tests.helpers.ports import free_port
+from tests.helpers.world import disagreements
+
+from atoll.errors import InvalidInput, WrongState
+from atoll.host import facts
+from atoll.model.requests import DiskRequest, SetRequest
+from atoll.model.spec import PortSpec
+from atoll.model.state import Phase
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
+
+MIB = 1024**2
+
+
+async def test_copies_go_on_from_one_instant_and_share_its_memory(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="128MiB", ports=(PortSpec(host_port=free_port(), guest_port=80),))
+    await vm.sh(
+        "dd if=/dev/urandom of=/tmp/big bs=1M count=32 2>/dev/null; echo kept > /tmp/in-memory; echo x > /root/f"
+    )
+    content = await vm.sh("sha256sum /tmp/big")
+    copies = [factory.machine(copy) for copy in await vm.fork(3)]
+    assert [copy.name for copy in copies] == ["v-1", "v-2", "v-3"]
+    assert len(list(factory.layout.memory.glob("*"))) == 0, "what was taken for the copies is gone"
+    assert await vm.history() == []
+    numbers = set()
+    for copy in copies:
+        assert await copy.phase() is Phase.RUNNING
+        assert await copy.read("/tmp/in-memory") == "kept"
+        assert await copy.sh("sha256sum /tmp/big") == content
+        await copy.sh(f"echo {copy.name} > /root/f; sync")
+        numbers.add(await copy.sh("head -c 16 /dev/urandom | sha256sum"))
+    assert len(numbers) == 3, "each has random numbers of its own"
+    assert await vm.read("/root/f") == "x"
+    for copy in copies:
+        assert await copy.read("/root/f") == copy.name
+        assert facts.memory_private(copy.pid) < 110 * MIB
+    assert await disagreements(factory.layout) == []
+
+
+async def test_a_copy_is_a_vm_like_any(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo one > /tmp/in-memory")
+    (copy,) = [factory.machine(each) for each in await vm.fork(name="copy")]
+    await vm.rm(force=True)
+    await copy.sh("echo two > /tmp/in-memory; echo two > /root/f; sync")
+    node = await copy.snapshot("here")
+    assert node.memory is not None
+    await copy.sh("echo three > /tmp/in-memory")
+    (grandchild,) = [factory.machine(each) for each in await copy.fork(name="grandchild")]
+    assert await grandchild.read("/tmp/in-memory") == "three"
+    await copy.restore("here")
+    assert await copy.read("/tmp/in-memory") == "two"
+    (past,) = [factory.machine(each) for each in await factory.host.fork("copy@here", name="past")]
+    assert await past.read("/tmp/in-memory") == "two"
+    await copy.restart()
+    await copy.wait("ready", timeout=120)
+    assert await copy.read("/root/f") == "two"
+    await grandchild.stop()
+    await grandchild.start(wait=True, timeout=120)
+    assert await grandchild.read("/root/f") == "two"
+    assert await disagreements(factory.layout) == []
+
+
+async def test_what_cannot_be_forked_is_told(factory: Factory) -> None:
+    vm = await factory.create("tiny", name="v")
+    with pytest.raises(WrongState, match="no memory to go on from"):
+        await vm.fork()
+    await vm.snapshot("s")
+    with pytest.raises(WrongState, match="no memory to go on from"):
+        await factory.host.fork("v@s")
+    with pytest.raises(InvalidInput, match="one name for 2 copies"):
+        await vm.fork(2, name="x")
+    with pytest.raises(InvalidInput, match="0 copies"):
+        await vm.fork(0)
+    assert [info.vm.name for info in await factory.host.ls()] == ["v"]
+    assert await disagreements(factory.layout) == []
+
+
+async def test_a_suspended_vm_goes_on_from_where_it_was(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo kept > /tmp/in-memory")
+    boot = await vm.read("/proc/sys/kernel/random/boot_id")
+    await vm.suspend()
+    await vm.suspend()
+    assert await vm.phase() is Phase.SUSPENDED
+    assert vm.record.run is None
+    with pytest.raises(WrongState, match="it is suspended"):
+        await vm.disk_add(DiskRequest(size="8MiB"))
+    with pytest.raises(WrongState, match=r"it is suspended\. Let it go on with `atoll resume v`"):
+        await vm.exec(["true"])
+    (change,) = await vm.set(SetRequest(memory="128MiB"))
+    assert change.when == "next-start"
+    await vm.resume()
+    await vm.wait("ready", timeout=60)
+    assert await vm.read("/tmp/in-memory") == "kept"
+    assert await vm.read("/proc/sys/kernel/random/boot_id") == boot
+    assert vm.record.spec.memory == 96 * MIB
+    await vm.suspend()
+    await vm.stop()
+    assert await vm.phase() is Phase.STOPPED
+    assert not list(factory.layout.memory.iterdir())
+    await vm.start(wait=True, timeout=120)
+    assert vm.record.spec.memory == 128 * MIB
+    await vm.suspend()
+    await vm.rm()
+    assert not list(factory.layout.memory.iterdir())
+    assert await disagreements(factory.layout) == []
+
+
+async def test_a_paused_vm_is_suspended_paused(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.pause()
+    await vm.suspend()
+    await vm.start()
+    assert await vm.phase() is Phase.PAUSED
+    await vm.resume()
+    assert await vm.sh("echo well") == "well"
