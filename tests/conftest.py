@@ -41,6 +41,7 @@ def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         left = leftovers.end_processes_of(folder)
         if failed(request):
             leftovers.keep_logs(folder, RESULTS / request.node.nodeid.replace("/", "_").replace("::", "."))
+        shutil.rmtree(Layout(data=folder / "data", cache=folder, run=folder).templates, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         if not failed(request) and not request.node.get_closest_marker("leaves_processes"):
             assert not left, f"the test left processes behind: {left}"

@@ -4,12 +4,16 @@ For a user the XDG directories are used, for root `/var/lib/atoll`, `/var/cache/
 puts everything under one folder. Nothing here touches the disk.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.errors import InvalidInput
 from atoll.model.spec import DiskSpec
+
+SHARED_MEMORY = Path("/dev/shm")
+"""A file system in memory that every Linux has, with as much room as half of it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,12 @@ class Layout:
 
     def memory_file(self, memory_id: str) -> Path:
         return self.memory / memory_id
+
+    @property
+    def templates(self) -> Path:
+        """Memory that several machines have mapped: in the computer's memory, and gone when it restarts."""
+        digest = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]
+        return SHARED_MEMORY / f"atoll-{digest}"
 
     @property
     def temporary(self) -> Path:

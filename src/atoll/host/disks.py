@@ -52,6 +52,11 @@ async def copy_content(layers: Sequence[Path], path: Path, *, size: int, report:
     await resize(path, size)
 
 
+async def copy_sparse(source: Path, target: Path) -> None:
+    """Copy a file with its holes, sharing its blocks where the file system can. Raises `ProcessFailed`."""
+    await process.run(["cp", "--sparse=always", "--reflink=auto", "--", source, target])
+
+
 def _percent(output: bytes, report: Callable[[Progress], None]) -> None:
     """qemu-img writes `    (12.34/100%)` and a carriage return, again and again."""
     found = re.findall(rb"\(([\d.]+)/100%\)", output)

@@ -18,6 +18,8 @@ class Memory(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether it ran at that instant, or was paused."""
     shared: bool = False
     """It is a snapshot's, and others may go on from it too."""
+    volatile: bool = False
+    """Its file is among the templates, and lasts only until those have started that it was made for."""
 
 
 class Snapshot(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

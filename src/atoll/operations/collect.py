@@ -1,5 +1,6 @@
 """What is needed, and the removal of what isn't: layers, plain files, memory, unfinished folders."""
 
+import contextlib
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -65,6 +66,7 @@ def collect(services: Services, *, dry_run: bool, without: Collection[str] = ())
     unneeded = [path for path in _files_in(layout.layers) if path.stem not in wanted.layers]
     unneeded += [path for path in _files_in(layout.blobs) if path.name not in wanted.blobs]
     unneeded += [path for path in _files_in(layout.memory) if path.stem not in wanted.memory]
+    unneeded += [path for path in _files_in(layout.templates) if path.stem not in wanted.memory]
     found = [
         (f"{path.parent.name.removesuffix('s')} {path.stem[:SHORT_ID]}", path.stat().st_blocks * 512)
         for path in unneeded
@@ -75,6 +77,8 @@ def collect(services: Services, *, dry_run: bool, without: Collection[str] = ())
         services.records.remove_layers({layer.id for layer in services.records.layers()} - wanted.layers)
         for path in unneeded:
             path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            layout.templates.rmdir()
     return found
 
 

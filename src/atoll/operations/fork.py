@@ -64,7 +64,9 @@ async def fork(
     names = names_of(pattern, count, source=name, taken=taken)
     if isinstance(source, Snapshot):
         return await _copies(source, names, services, report)
-    options = SnapshotOptions(name=free_name(services, source, "fork"), message="for copies that are being started")
+    options = SnapshotOptions(
+        name=free_name(services, source, "fork"), message="for copies that are being started", volatile=True
+    )
     node = await snapshot(source, options, services=services, report=report)
     try:
         return await _copies(node, names, services, report)

@@ -33,6 +33,7 @@ from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control, go_on
 from atoll.operations.services import Report, Services
 from atoll.operations.start import drop_removed_disks
+from atoll.operations.template import memory_path
 from atoll.qemu.monitor import Monitor
 
 
@@ -161,7 +162,7 @@ async def _launch(context: Context[RestoreRequest]) -> None:
     if node.memory is None and context.notes["phase"] in (Phase.STOPPED, Phase.SUSPENDED):
         return
     await kill_strays(vm)
-    incoming = Incoming(services.layout.memory_file(node.memory.id)) if node.memory is not None else None
+    incoming = Incoming(memory_path(services.layout, node.memory)) if node.memory is not None else None
     spec = restored_spec(vm, node, context.request.heads)
     # A seed that was attached at that instant is there again: the machine has to be the same.
     run = await boot(services, replace(vm, seeded=node.seeded), spec, report=context.report, incoming=incoming)

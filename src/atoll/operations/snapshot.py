@@ -26,7 +26,7 @@ from atoll.model.names import check_snapshot_name, new_id
 from atoll.model.snapshot import Memory, Snapshot
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
-from atoll.operations import capture, heads
+from atoll.operations import capture, heads, template
 from atoll.operations.create import IMAGES_LOCK
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.resolve_disks import without_heads
@@ -43,6 +43,8 @@ class SnapshotRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     memory: bool = True
     """Of a running or paused VM, its memory too."""
     quiesce: bool = False
+    volatile: bool = False
+    """Keep the memory among the templates, not with the snapshots."""
 
 
 class SnapshotOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +55,8 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     message: str = ""
     disk_only: bool = False
     quiesce: bool = False
+    volatile: bool = False
+    """Its memory needn't last: it is for copies that start at once."""
 
 
 async def snapshot(vm: Vm, options: SnapshotOptions, *, services: Services, report: Report | None = None) -> Snapshot:
@@ -66,6 +70,7 @@ async def snapshot(vm: Vm, options: SnapshotOptions, *, services: Services, repo
         message=options.message,
         memory=not options.disk_only,
         quiesce=options.quiesce,
+        volatile=options.volatile and template.folder(services.layout, vm.spec.memory) is not None,
     )
     try:
         await perform(SNAPSHOT, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
@@ -117,7 +122,8 @@ async def _remove_heads(context: Context[SnapshotRequest]) -> None:
 
 def _memory(context: Context[SnapshotRequest]) -> Path:
     """Where the memory is written until it is whole."""
-    return context.services.layout.temporary / f"memory-{context.request.id}"
+    layout, request = context.services.layout, context.request
+    return (layout.templates if request.volatile else layout.temporary) / f"memory-{request.id}"
 
 
 def _variables(context: Context[SnapshotRequest]) -> Path:
@@ -182,8 +188,12 @@ def _node(context: Context[SnapshotRequest]) -> Snapshot:
     runs = notes["phase"] == Phase.RUNNING
     memory = None
     if notes.get("saving"):
-        size = adopt(_memory(context), context.services.layout.memory_file(request.id))
-        memory = Memory(id=request.id, file_size=size, accelerator=notes["accelerator"], running=runs)
+        memory = Memory(
+            id=request.id, file_size=0, accelerator=notes["accelerator"], running=runs, volatile=request.volatile
+        )
+        memory = replace(
+            memory, file_size=adopt(_memory(context), template.memory_path(context.services.layout, memory))
+        )
     if "nvram" in notes:
         adopt(_variables(context), context.services.layout.blob(notes["nvram"]))
     return Snapshot(

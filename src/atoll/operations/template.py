@@ -1,16 +1,21 @@
 """Memory that several machines begin with: each maps the file privately and copies only the pages that it writes.
 
-The file of a snapshot's memory serves as it is, since every page of RAM has its own place in it. Beside it lies a copy
-of the stream without RAM, a few hundred kB, which is all that each machine has to load. Both are in the page cache
-while they are used, and the kernel drops them when memory is short; the copy is made again when it isn't there.
+The file of a snapshot's memory serves as it is, since every page of RAM has its own place in it; beside it lies a copy
+of the stream without RAM, a few hundred kB, which is all that each machine has to load. Both are in a file system in
+memory when there is room: a machine can be snapshotted while it runs only if its RAM is anonymous or from there
+(userfaultfd(2)). Templates are made again when they aren't there, so they can be dropped at any time: who runs keeps what
+it has mapped.
 """
 
 import asyncio
+import contextlib
 import os
+import shutil
 from pathlib import Path
 
 from atoll.errors import from_os_error
-from atoll.host import files
+from atoll.host import disks, files
+from atoll.layout import Layout
 from atoll.model.names import new_id
 from atoll.model.snapshot import Memory
 from atoll.operations.boot import Incoming
@@ -20,19 +25,74 @@ from atoll.qemu import mapped_ram
 from atoll.qemu.plan import PrivateRam
 
 DEVICES = ".devices"
+RESERVE = 0.25
+"""The part of the file system in memory that templates leave free."""
+
+
+def memory_path(layout: Layout, memory: Memory) -> Path:
+    """Where a snapshot's memory is."""
+    return layout.templates / memory.id if memory.volatile else layout.memory_file(memory.id)
+
+
+def folder(layout: Layout, size: int) -> Path | None:
+    """The folder for templates, if it is ours alone and has room for `size` bytes more."""
+    where = layout.templates
+    try:
+        files.make_folder(where)
+        status, room = where.lstat(), shutil.disk_usage(where)
+    except OSError:
+        return None
+    # Everybody may write in the folder above: somebody else's folder of that name isn't used.
+    if status.st_uid != os.geteuid() or where.is_symlink() or status.st_mode & 0o077:
+        return None
+    return where if room.free - size > room.total * RESERVE else None
 
 
 async def shared_memory(services: Services, memory: Memory) -> Incoming:
     """The memory for one more machine, copy-on-write. Raises `StorageFailed`, `EngineFailed` for a damaged file."""
-    path = services.layout.memory_file(memory.id)
-    devices = path.with_name(path.name + DEVICES)
+    path = memory_path(services.layout, memory)
     try:
+        if not memory.volatile:
+            path = await _in_memory(services, memory, path)
+        devices = path.with_name(path.name + DEVICES)
         if not devices.exists():
             async with services.lease(IMAGES_LOCK, what="the images"):
-                await asyncio.to_thread(_make, services.layout.temporary, path, devices)
+                await asyncio.to_thread(_make_devices, path, devices)
         return Incoming(stream=devices, ram=PrivateRam(path=str(path), offset=_offset(path)))
     except OSError as error:
         raise from_os_error(error, f"read {path}") from error
+
+
+async def _in_memory(services: Services, memory: Memory, path: Path) -> Path:
+    """A copy of the file in memory; the file itself when there is no room for one."""
+    copy = services.layout.templates / memory.id
+    if copy.exists():
+        return copy
+    async with services.lease(IMAGES_LOCK, what="the images"):
+        where = folder(services.layout, memory.file_size)
+        if where is None:
+            drop(services.layout, but=memory.id)
+            where = folder(services.layout, memory.file_size)
+        if where is None:
+            return path
+        if not copy.exists():
+            temporary = where / f".{new_id()}"
+            try:
+                await disks.copy_sparse(path, temporary)
+                temporary.chmod(0o444)
+                temporary.replace(copy)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return copy
+
+
+def drop(layout: Layout, *, but: str = "") -> None:
+    """Remove the templates. What runs keeps its memory."""
+    for path in layout.templates.glob("*") if layout.templates.is_dir() else ():
+        if path.stem != but:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        layout.templates.rmdir()
 
 
 def _offset(path: Path) -> int:
@@ -43,10 +103,10 @@ def _offset(path: Path) -> int:
         os.close(descriptor)
 
 
-def _make(folder: Path, path: Path, devices: Path) -> None:
+def _make_devices(path: Path, devices: Path) -> None:
     if devices.exists():
         return
-    temporary = files.make_folder(folder) / f"devices-{new_id()}"
+    temporary = devices.with_name(f".{new_id()}")
     try:
         mapped_ram.without_ram(path, temporary)
         files.freeze(temporary, devices)
