@@ -24,6 +24,7 @@ PAIRS = [
     (api.AsyncVm, blocking.Vm),
     (api.AsyncImages, blocking.Images),
     (api.AsyncOperations, blocking.Operations),
+    (api.AsyncPools, blocking.Pools),
     (api.Terminal, blocking.BlockingTerminal),
 ]
 

@@ -1,11 +1,14 @@
 """Running copies of one instant, and machines that sleep on the disk."""
 
+import os
+import signal
+
 import pytest
 from tests.helpers.machines import Factory
 from tests.helpers.ports import free_port
 from tests.helpers.world import disagreements
 
-from atoll.errors import InvalidInput, WrongState
+from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
 from atoll.host import facts
 from atoll.model.requests import DiskRequest, SetRequest
 from atoll.model.spec import PortSpec
@@ -120,3 +123,26 @@ async def test_a_paused_vm_is_suspended_paused(factory: Factory) -> None:
     assert await vm.phase() is Phase.PAUSED
     await vm.resume()
     assert await vm.sh("echo well") == "well"
+
+
+async def test_a_pool_has_copies_that_wait(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo kept > /tmp/in-memory")
+    await vm.snapshot("clean")
+    assert await factory.host.pools.fill("v@clean", 2) == 2
+    assert await factory.host.pools.fill("v@clean", 2) == 0
+    (pool,) = await factory.host.pools.ls()
+    assert (pool.name, len(pool.ready)) == ("v@clean", 2)
+    taken = factory.machine(await factory.host.pools.take("v@clean", "one"))
+    assert await taken.phase() is Phase.RUNNING
+    assert await taken.read("/tmp/in-memory") == "kept"
+    with pytest.raises(AlreadyExists, match="there is a VM 'one' already"):
+        await factory.host.pools.take("v@clean", "one")
+    os.kill(factory.machine(await factory.host.get(pool.ready[-1])).pid, signal.SIGKILL)
+    with pytest.raises(NotFound, match="no copy of v@clean waits"):
+        await factory.host.pools.take("v@clean", "two")
+    assert await factory.host.pools.fill("v@clean", 1) == 1
+    assert await factory.host.pools.rm("v@clean") == 1
+    assert await factory.host.pools.ls() == []
+    assert sorted(info.vm.name for info in await factory.host.ls()) == ["one", "v"]
+    assert await disagreements(factory.layout) == []

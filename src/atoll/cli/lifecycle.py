@@ -20,7 +20,7 @@ def _several(function: F) -> F:
     return click.argument("vms", metavar="VM...", nargs=-1, required=True, type=VM)(format_option(function))
 
 
-def _do(vms: Sequence[str], format: Format, title: str, act: "Callable[[AsyncVm], Awaitable[None]]") -> int:
+def do_to_all(vms: Sequence[str], format: Format, title: str, act: "Callable[[AsyncVm], Awaitable[None]]") -> int:
     """Do it to all of them at once; the exit code. JSON and YAML list those that went well."""
     from atoll.cli.progress import Shown
     from atoll.cli.session import each_vm, perform
@@ -47,7 +47,7 @@ def start_command(vms: tuple[str, ...], wait: bool, timeout: float | None, forma
       atoll start web
       atoll start --wait web db
     """
-    return _do(vms, format, "starting", lambda vm: vm.start(wait=wait, timeout=timeout))
+    return do_to_all(vms, format, "starting", lambda vm: vm.start(wait=wait, timeout=timeout))
 
 
 @click.command("stop")
@@ -63,7 +63,7 @@ def stop_command(vms: tuple[str, ...], force: bool, timeout: float, format: Form
       atoll stop --timeout 2m web db
       atoll stop --force web
     """
-    return _do(vms, format, "stopping", lambda vm: vm.stop(force=force, timeout=timeout))
+    return do_to_all(vms, format, "stopping", lambda vm: vm.stop(force=force, timeout=timeout))
 
 
 @click.command("restart")
@@ -77,7 +77,7 @@ def restart_command(vms: tuple[str, ...], force: bool, timeout: float, format: F
     Example:
       atoll restart web
     """
-    return _do(vms, format, "restarting", lambda vm: vm.restart(force=force, timeout=timeout))
+    return do_to_all(vms, format, "restarting", lambda vm: vm.restart(force=force, timeout=timeout))
 
 
 @click.command("pause")
@@ -89,19 +89,19 @@ def pause_command(vms: tuple[str, ...], format: Format) -> int:
     Example:
       atoll pause web
     """
-    return _do(vms, format, "pausing", lambda vm: vm.pause())
+    return do_to_all(vms, format, "pausing", lambda vm: vm.pause())
 
 
 @click.command("resume")
 @_several
 def resume_command(vms: tuple[str, ...], format: Format) -> int:
-    """Let paused VMs go on.
+    """Let paused and suspended VMs go on.
 
     \b
     Example:
       atoll resume web
     """
-    return _do(vms, format, "resuming", lambda vm: vm.resume())
+    return do_to_all(vms, format, "resuming", lambda vm: vm.resume())
 
 
 @click.command("rm")
@@ -115,7 +115,7 @@ def rm_command(vms: tuple[str, ...], force: bool, format: Format) -> int:
       atoll rm web
       atoll rm --force web db
     """
-    return _do(vms, format, "removing", lambda vm: vm.rm(force=force))
+    return do_to_all(vms, format, "removing", lambda vm: vm.rm(force=force))
 
 
 @click.command("rename")

@@ -61,6 +61,8 @@ def _row(info: VmInfo) -> tuple[str, ...]:
 
 def _state(info: VmInfo) -> str:
     """The phase, with what is being done to it, or why it is in it if not on demand."""
+    if info.vm.pool is not None:
+        return f"{info.phase} (in a pool)"
     if info.operation or info.trouble:
         return f"{info.phase} ({info.operation or info.trouble})"
     if info.exit and info.exit.reason not in ("stopped", "guest-shutdown"):

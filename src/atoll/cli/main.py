@@ -25,6 +25,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "stop": "lifecycle",
         "restart": "lifecycle",
         "pause": "lifecycle",
+        "suspend": "fork",
         "resume": "lifecycle",
         "rm": "lifecycle",
         "rename": "lifecycle",
@@ -45,6 +46,10 @@ SECTIONS: dict[str, dict[str, str]] = {
         "type": "look",
         "key": "look",
         "top": "top",
+    },
+    "History": {
+        "fork": "fork",
+        "pool": "fork",
     },
     "Images": {"image": "image"},
     "This computer": {

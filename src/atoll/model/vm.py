@@ -64,6 +64,8 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The first boot reached `ready`, so the seed has done its work."""
     cloned: bool = False
     """Its disks have another machine's identity; the first time it is ready it gets one of its own."""
+    pool: str | None = None
+    """The snapshot whose pool it waits in, started and standing still."""
     snapshot: str | None = None
     """The snapshot that its heads stand on: the parent of the next one."""
     suspended: Memory | None = None
@@ -92,6 +94,16 @@ class VmInfo(Struct, frozen=True, kw_only=True):
     exit: Exit | None = None
     trouble: Trouble | None = None
     """Why it is paused or crashed, when nobody asked for that."""
+
+
+class PoolInfo(Struct, frozen=True, kw_only=True):
+    """Copies of a snapshot that wait."""
+
+    snapshot_id: str
+    name: str
+    """`VM@SNAPSHOT`; the id when that was forgotten."""
+    ready: tuple[str, ...]
+    """The names of those that wait."""
 
 
 class Stats(Struct, frozen=True, kw_only=True):

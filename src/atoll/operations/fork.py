@@ -63,18 +63,21 @@ async def fork(
     name = source.name if isinstance(source, Vm) else source.vm_name
     names = names_of(pattern, count, source=name, taken=taken)
     if isinstance(source, Snapshot):
-        return await _copies(source, names, services, report)
+        return await copies(source, names, services, report)
     options = SnapshotOptions(
         name=free_name(services, source, "fork"), message="for copies that are being started", volatile=True
     )
     node = await snapshot(source, options, services=services, report=report)
     try:
-        return await _copies(node, names, services, report)
+        return await copies(node, names, services, report)
     finally:
         await forget(services.vm(source.id), node, services=services)
 
 
-async def _copies(node: Snapshot, names: list[str], services: Services, report: Report | None) -> list[Vm]:
+async def copies(
+    node: Snapshot, names: list[str], services: Services, report: Report | None, *, pool: str | None = None
+) -> list[Vm]:
+    """A running copy under each name; those for a pool stand still."""
     if node.memory is None:
         raise WrongState(
             f"'{node.name}' of {node.vm_name} has no memory to go on from",
@@ -87,7 +90,7 @@ async def _copies(node: Snapshot, names: list[str], services: Services, report: 
 
     async def one(name: str) -> None:
         async with places:
-            made.append(await _copy(node, name, services))
+            made.append(await _copy(node, name, services, pool))
             if report is not None:
                 report(Progress(step="start copies", done=len(made), total=len(names), unit="steps"))
 
@@ -101,7 +104,7 @@ async def _copies(node: Snapshot, names: list[str], services: Services, report: 
     return sorted(made, key=lambda vm: order[vm.name])
 
 
-async def _copy(node: Snapshot, name: str, services: Services) -> Vm:
+async def _copy(node: Snapshot, name: str, services: Services, pool: str | None) -> Vm:
     assert node.memory is not None
     vm = Vm(
         id=new_id(),
@@ -113,6 +116,7 @@ async def _copy(node: Snapshot, name: str, services: Services) -> Vm:
         suspended=replace(node.memory, shared=True),
         seeded=node.seeded,
         cloned=True,
+        pool=pool,
     )
     await perform(CREATE, NewVm(vm=vm, nvram=node.nvram), services=services, subject=vm.id, subject_name=name)
     try:

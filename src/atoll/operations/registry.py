@@ -8,6 +8,7 @@ from atoll.operations import (
     create,
     disk,
     images,
+    pool,
     ports,
     power,
     remove,
@@ -41,5 +42,6 @@ VERBS: dict[str, Verb[Any]] = {
         restore.RESTORE,
         clone.CUT,
         suspend.SUSPEND,
+        pool.TAKE,
     )
 }

@@ -86,7 +86,7 @@ async def _go_on(context: Context[StartRequest]) -> None:
     if suspended is None:
         return
     memory = msgspec.convert(suspended, Memory)
-    if memory.running:
+    if memory.running and context.vm.pool is None:
         await go_on(context.services, context.vm)
     if not memory.shared:
         context.services.layout.memory_file(memory.id).unlink(missing_ok=True)

@@ -3,8 +3,8 @@
 The file of a snapshot's memory serves as it is, since every page of RAM has its own place in it; beside it lies a copy
 of the stream without RAM, a few hundred kB, which is all that each machine has to load. Both are in a file system in
 memory when there is room: a machine can be snapshotted while it runs only if its RAM is anonymous or from there
-(userfaultfd(2)). Templates are made again when they aren't there, so they can be dropped at any time: who runs keeps what
-it has mapped.
+(userfaultfd(2)). Templates are made again when they aren't there, so they can be dropped at any time: who runs keeps
+what it has mapped.
 """
 
 import asyncio

@@ -12,7 +12,7 @@ from atoll.model.operation import Operation, Progress
 from atoll.model.requests import BuildRequest, CreateRequest, DiskRequest, ImportRequest, PullRequest, SetRequest
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, PortSpec
-from atoll.model.vm import Change, Event, ExecRequest, ExecResult, Stats, Vm, VmInfo
+from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, Stats, Vm, VmInfo
 
 Report = Callable[[Progress], None]
 ByteSink = Callable[[bytes], None]
@@ -191,6 +191,21 @@ class AsyncOperations(Protocol):
     async def retry(self, reference: str) -> Operation: ...
 
 
+class AsyncPools(Protocol):
+    """Copies of snapshots that are started already and stand still: `take` lets one go on, in some milliseconds."""
+
+    async def ls(self) -> list[PoolInfo]: ...
+
+    async def fill(self, snapshot: str, ready: int, *, report: Report | None = None) -> int:
+        """Start copies of a snapshot with memory (`web@clean`) until `ready` wait; returns how many were started."""
+
+    async def take(self, snapshot: str, name: str) -> AsyncVm:
+        """Let one go on, under this name. Raises `NotFound` when none waits."""
+
+    async def rm(self, snapshot: str) -> int:
+        """Remove those that wait; returns how many there were."""
+
+
 class AsyncHost(Protocol):
     """A computer that runs VMs."""
 
@@ -198,6 +213,8 @@ class AsyncHost(Protocol):
     def images(self) -> AsyncImages: ...
     @property
     def operations(self) -> AsyncOperations: ...
+    @property
+    def pools(self) -> AsyncPools: ...
 
     async def __aenter__(self) -> "AsyncHost": ...
     async def __aexit__(self, *exc: object) -> None: ...
@@ -237,4 +254,4 @@ class AsyncHost(Protocol):
         """What recovery did to operations that a killed process had left, told once."""
 
 
-__all__ = ["AsyncHost", "AsyncImages", "AsyncOperations", "AsyncVm", "Terminal", "Vm"]
+__all__ = ["AsyncHost", "AsyncImages", "AsyncOperations", "AsyncPools", "AsyncVm", "Terminal", "Vm"]

@@ -22,6 +22,7 @@ from atoll.platform.api import (
     AsyncHost,
     AsyncImages,
     AsyncOperations,
+    AsyncPools,
     AsyncVm,
     ByteSink,
     Report,
@@ -262,6 +263,18 @@ class Operations(_Handle[AsyncOperations]):
     retry = _blocking(AsyncOperations.retry)
 
 
+class Pools(_Handle[AsyncPools]):
+    """Copies of snapshots that wait; see `platform/api.py`."""
+
+    ls = _blocking(AsyncPools.ls)
+    fill = _blocking(AsyncPools.fill)
+    rm = _blocking(AsyncPools.rm)
+
+    def take(self, snapshot: str, name: str) -> Vm:
+        """Let one go on, under this name. Raises `NotFound` when none waits."""
+        return Vm(self._calls.wait_for(lambda: self._inner.take(snapshot, name)), self._calls)
+
+
 class Host(_Handle[AsyncHost]):
     """A computer that runs VMs; see `platform/api.py`. It is open inside its `with` block."""
 
@@ -275,6 +288,10 @@ class Host(_Handle[AsyncHost]):
     @property
     def operations(self) -> Operations:
         return Operations(self._inner.operations, self._calls)
+
+    @property
+    def pools(self) -> Pools:
+        return Pools(self._inner.pools, self._calls)
 
     def __enter__(self) -> Self:
         self._calls.open()
@@ -331,4 +348,4 @@ class Host(_Handle[AsyncHost]):
         return self._inner.notices()
 
 
-__all__ = ["BlockingTerminal", "Host", "Images", "Operations", "Vm"]
+__all__ = ["BlockingTerminal", "Host", "Images", "Operations", "Pools", "Vm"]

@@ -10,7 +10,7 @@ from atoll.model.requests import CreateRequest
 from atoll.model.vm import Event, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import AsyncVm, Report
-from atoll.platform.local_parts import LocalImages, LocalOperations
+from atoll.platform.local_parts import LocalImages, LocalOperations, LocalPools
 from atoll.platform.local_vm import LocalVm
 
 if TYPE_CHECKING:
@@ -79,6 +79,10 @@ class LocalHost:
     @property
     def operations(self) -> LocalOperations:
         return LocalOperations(self._services)
+
+    @property
+    def pools(self) -> LocalPools:
+        return LocalPools(self._services)
 
     async def __aenter__(self) -> Self:
         self._notices += await _settle(self._services)

@@ -1,11 +1,13 @@
-"""The images and the journal of this machine."""
+"""The images, the journal and the pools of this machine."""
 
 from atoll.errors import InvalidInput, NotFound, WrongState
 from atoll.model.image import Image
 from atoll.model.operation import Operation
 from atoll.model.requests import BuildRequest, ImportRequest, PullRequest
+from atoll.model.snapshot import Snapshot
+from atoll.model.vm import PoolInfo
 from atoll.operations.services import Services
-from atoll.platform.api import Report
+from atoll.platform.api import AsyncVm, Report
 
 
 class LocalImages:
@@ -59,6 +61,43 @@ class LocalImages:
         from atoll.images.recipes import RECIPES
 
         return [*((name, f"build: {line}") for name, line in RECIPES.items()), *described(self._services.layout)]
+
+
+class LocalPools:
+    """The pools of this machine."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def _node(self, reference: str) -> Snapshot:
+        from atoll.operations.clone import find_source
+
+        found = find_source(reference, self._services)
+        if not isinstance(found, Snapshot):
+            raise InvalidInput(f"'{reference}' is a VM", next_step=f"Name a snapshot of it: {reference}@NAME.")
+        return found
+
+    async def ls(self) -> list[PoolInfo]:
+        from atoll.operations.pool import pools
+
+        return pools(self._services)
+
+    async def fill(self, snapshot: str, ready: int, *, report: Report | None = None) -> int:
+        from atoll.operations.pool import fill
+
+        return await fill(self._node(snapshot), ready, services=self._services, report=report)
+
+    async def take(self, snapshot: str, name: str) -> AsyncVm:
+        from atoll.operations.pool import take
+        from atoll.platform.local_vm import LocalVm
+
+        return LocalVm(self._services, await take(self._node(snapshot), name, services=self._services))
+
+    async def rm(self, snapshot: str) -> int:
+        from atoll.operations.pool import empty
+
+        known = next((pool.snapshot_id for pool in await self.ls() if snapshot in (pool.name, pool.snapshot_id)), None)
+        return await empty(known or self._node(snapshot).id, services=self._services)
 
 
 class LocalOperations:
