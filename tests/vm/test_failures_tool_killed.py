@@ -150,6 +150,68 @@ async def _gone(stage: Stage) -> bool:
     return not await stage.exists("v")
 
 
+async def no_snapshots(stage: Stage) -> None:
+    await running(stage)
+    vm = await stage.vm()
+    for node in await vm.history():
+        await vm.forget(node.snapshot.name)
+    await vm.sh("echo kept > /root/file; sync")
+
+
+async def one_snapshot(stage: Stage) -> None:
+    """The VM has gone on since its only snapshot."""
+    await no_snapshots(stage)
+    vm = await stage.vm()
+    await vm.snapshot("s")
+    await vm.sh("echo changed > /root/file; sync")
+
+
+async def has_snapshot(stage: Stage) -> bool:
+    vm = await stage.vm()
+    assert await vm.read("/root/file") == "kept", "the guest's data are there, and it runs"
+    return [node.snapshot.name for node in await vm.history()] == ["s"]
+
+
+async def is_restored(stage: Stage) -> bool:
+    return await (await stage.vm()).read("/root/file") == "kept"
+
+
+async def cut_or_not(stage: Stage) -> bool:
+    """A cut changes nothing that the guest could see."""
+    assert await (await stage.vm()).read("/root/file") == "kept"
+    return False
+
+
+async def woken(stage: Stage) -> None:
+    await running(stage)
+    await (await stage.vm()).sh("echo kept > /tmp/in-memory")
+
+
+async def is_suspended(stage: Stage) -> bool:
+    if await stage.phase() is Phase.SUSPENDED:
+        return True
+    assert await (await stage.vm()).read("/tmp/in-memory") == "kept"
+    return False
+
+
+async def one_waits(stage: Stage) -> None:
+    """Nothing but a VM with a snapshot, and a copy that waits."""
+    await one_snapshot(stage)
+    if await stage.exists("taken"):
+        await (await stage.factory.host.get("taken")).rm(force=True)
+    for pool in await stage.factory.host.pools.ls():
+        await stage.factory.host.pools.rm(pool.snapshot_id)
+    await stage.factory.host.pools.fill("v@s", 1)
+
+
+async def is_taken(stage: Stage) -> bool:
+    if not await stage.exists("taken"):
+        return False
+    taken = stage.factory.machine(await stage.factory.host.get("taken"))
+    assert await taken.read("/root/file") == "kept"
+    return True
+
+
 CASES: dict[str, Case] = {
     "create": Case(nothing_made, "await host.create('tiny', name='new', memory='96MiB')", lambda s: s.exists("new")),
     "start": Case(stopped, "await (await host.get('v')).start()", _is(Phase.RUNNING)),
@@ -180,6 +242,11 @@ CASES: dict[str, Case] = {
         "await (await host.get('v')).disk_resize('extra', '16MiB')",
         lambda s: _more(disk_size(s, "extra"), 8 * MIB),
     ),
+    "snapshot": Case(no_snapshots, "await (await host.get('v')).snapshot('s')", has_snapshot),
+    "restore": Case(one_snapshot, "await (await host.get('v')).restore('s')", is_restored),
+    "cut": Case(no_snapshots, "await (await host.get('v')).clone('copy')", cut_or_not),
+    "suspend": Case(woken, "await (await host.get('v')).suspend()", is_suspended),
+    "take": Case(one_waits, "await host.pools.take('v@s', 'taken')", is_taken),
     "image": Case(
         no_image, "await host.images.import_file(ImportRequest(path={blank!r}, name='blank', format='raw'))", has_image
     ),

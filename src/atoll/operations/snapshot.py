@@ -158,6 +158,8 @@ async def _frozen(context: Context[SnapshotRequest]) -> AsyncIterator[None]:
 
 
 async def _finish_cut(context: Context[SnapshotRequest]) -> None:
+    # The saving of the memory began here.
+    await capture.drop_memory(context, _memory(context))
     await capture.finish_cut(context, context.request.heads)
     _variables(context).unlink(missing_ok=True)
 
