@@ -20,6 +20,10 @@ KEPT_EVENTS = 1024
 """How many events a slow reader may have waiting; older ones are dropped and counted."""
 
 
+_PEEKED = 1 << 16
+_GREETING = b'{"QMP"'
+
+
 class Events:
     """Events of some names, from the moment of subscribing. Bounded; ends with `EngineFailed` when QEMU goes."""
 
@@ -59,6 +63,28 @@ class Events:
         return self._waiting.popleft()
 
 
+async def _until_greeting(connection: socket.socket) -> None:
+    """Throw away what a client before us left unread: QEMU sends that to the next one, before it greets."""
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(connection, readable.set)
+    try:
+        while await readable.wait():
+            readable.clear()
+            with contextlib.suppress(BlockingIOError):
+                seen = connection.recv(_PEEKED, socket.MSG_PEEK)
+                start = seen.find(_GREETING)
+                if start == 0 or not seen:
+                    return
+                leftover = start if start > 0 else seen.rfind(b"\n") + 1
+                if leftover:
+                    connection.recv(leftover)
+                else:
+                    # Half of a line: its rest is under way.
+                    await asyncio.sleep(0.001)
+    finally:
+        loop.remove_reader(connection)
+
+
 class Monitor:
     """One QMP connection. Use it as a context manager; QEMU serves one client per socket at a time."""
 
@@ -75,6 +101,7 @@ class Monitor:
     async def __aenter__(self) -> Self:
         try:
             async with asyncio.timeout(self._timeout):
+                await _until_greeting(self._connection)
                 await self._client.connect(self._connection)
         except TimeoutError:
             self._connection.close()
