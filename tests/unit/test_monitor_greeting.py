@@ -25,8 +25,10 @@ async def engine(server: socket.socket, pieces: list[bytes]) -> None:
         writer.write(piece)
         await writer.drain()
         await asyncio.sleep(0.02)
-    while line := await reader.readline():
-        writer.write(lines({"return": {}, "id": json.loads(line).get("id")}))
+    # Commands come one at a time, and without a newline.
+    while command := await reader.read(65536):
+        asked = json.loads(command)
+        writer.write(lines({"return": {}} | ({"id": asked["id"]} if "id" in asked else {})))
     writer.close()
 
 
