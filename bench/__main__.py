@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import libvirt, raw, report
+from bench import history, libvirt, raw, report
 from bench.harness import Case, Figures, Goal, measure
 from bench.ours import NAME, TWIN, Atoll
 
@@ -54,6 +54,7 @@ def main() -> None:
         rows = [
             *(measure(case, tell) for case in starts(atoll, hand, repetitions, peers=options.peers)),
             *execs(atoll, hand, repetitions, peers=options.peers),
+            *history.figures(atoll, home / "history", repetitions, tell, peers=options.peers),
             *listings(atoll, peer, home, many, repetitions),
         ]
         results = home / "results" if options.quick else HERE / "results"

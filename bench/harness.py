@@ -12,13 +12,16 @@ Measure = Callable[[], float]
 
 @dataclass(frozen=True)
 class Goal:
-    """Ours shall be at most `factor` times `side`, or at most `limit` in the case's own unit."""
+    """Ours shall be at most `factor` times `side` and `plus` more, or at most `limit`, in the case's own unit."""
 
     side: str = ""
-    factor: float = 0.0
+    factor: float = 1.0
     limit: float = 0.0
+    plus: float = 0.0
 
     def text(self, unit: str) -> str:
+        if self.plus:
+            return f"≤ {self.side} + {self.plus:g} {unit}"
         return f"≤ {self.factor:g} × {self.side}" if self.side else f"≤ {self.limit:g} {unit}"
 
 
@@ -51,7 +54,7 @@ class Figures:
         ours, other = self.median("atoll"), self.median(goal.side) if goal.side else None
         if ours is None or (goal.side and other is None):
             return None
-        return ours <= (goal.factor * other if other is not None else goal.limit)
+        return ours <= (goal.factor * other + goal.plus if other is not None else goal.limit)
 
 
 def measure(case: Case, tell: Callable[[str], None]) -> Figures:

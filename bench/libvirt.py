@@ -160,6 +160,58 @@ def exec_true() -> float:
     return time.perf_counter() - began
 
 
+@contextlib.contextmanager
+def touched(script: str) -> Iterator[None]:
+    """The domain, up, with its memory filled by a shell script."""
+    with booted():
+        _sh(script)
+        yield
+
+
+def _sh(script: str) -> None:
+    """Run a shell script in the guest to its end."""
+    arguments = {"path": "/bin/sh", "arg": ["-c", script], "capture-output": True}
+    started = virsh("qemu-agent-command", NAME, json.dumps({"execute": "guest-exec", "arguments": arguments}))
+    ask = json.dumps({"execute": "guest-exec-status", "arguments": {"pid": json.loads(started)["return"]["pid"]}})
+    while not json.loads(virsh("qemu-agent-command", NAME, ask))["return"]["exited"]:
+        time.sleep(0.05)
+
+
+def pause() -> float:
+    """Seconds of the guest's longest silence while `virsh snapshot-create-as` keeps its disk and memory."""
+    from bench.history import HEARTBEAT, longest_silence
+
+    folder = Path("/var/lib/libvirt/qemu/atoll-bench")
+    folder.mkdir(parents=True, exist_ok=True)
+    _sh(f"({HEARTBEAT}) > /dev/ttyS0 2>&1 & echo $! > /tmp/heartbeat")
+    terminal = os.open(virsh("ttyconsole", NAME).strip(), os.O_RDONLY | os.O_NOCTTY)
+    name = f"s{time.monotonic_ns()}"
+    memory, overlay = folder / f"{name}.memory", folder / f"{name}.qcow2"
+    try:
+        return longest_silence(
+            lambda size: os.read(terminal, size),
+            lambda: virsh(
+                "snapshot-create-as", NAME, name, "--live", "--memspec", f"file={memory},snapshot=external",
+                "--diskspec", f"vda,snapshot=external,file={overlay}",
+            ),
+        )  # fmt: skip
+    finally:
+        os.close(terminal)
+        _sh("kill $(cat /tmp/heartbeat)")
+        virsh("snapshot-delete", NAME, name, "--metadata")
+        memory.unlink(missing_ok=True)
+
+
+def restore() -> float:
+    """Seconds of a whole `virsh restore`, after a `virsh save`."""
+    file = Path("/var/lib/libvirt/qemu/atoll-bench.save")
+    virsh("save", NAME, str(file))
+    try:
+        return timed(["virsh", "--connect", URI, "restore", str(file)])
+    finally:
+        file.unlink(missing_ok=True)
+
+
 def list_all() -> float:
     """Seconds of a whole `virsh list --all`."""
     return timed(["virsh", "--connect", URI, "list", "--all"])

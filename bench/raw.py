@@ -25,6 +25,8 @@ class ByHand:
     plan: LaunchPlan
     accelerator: str
     sockets: Path
+    stream: Path | None = None
+    """The memory that it waits for."""
 
     def socket(self, name: str) -> Path:
         """Where a listening socket of the plan is: `control`, `agent`."""
@@ -120,4 +122,17 @@ def ready(vm: ByHand) -> float:
     # QEMU holds what is sent before the guest has opened its end of the channel, so one question is enough.
     with going(vm), Wire(vm.socket("agent")) as agent:
         agent.ask("guest-ping")
+        return time.perf_counter() - began
+
+
+def resumed(vm: ByHand) -> float:
+    """Seconds until a machine that waits for memory has it, and goes on."""
+    began = time.perf_counter()
+    with running(vm), Wire(vm.socket("control")) as monitor:
+        negotiate(monitor)
+        monitor.ask("migrate-set-capabilities", capabilities=[{"capability": "mapped-ram", "state": True}])
+        monitor.ask("migrate-incoming", uri=f"file:{vm.stream}")
+        while monitor.ask("query-migrate").get("status") != "completed":
+            pass
+        monitor.ask("cont")
         return time.perf_counter() - began
