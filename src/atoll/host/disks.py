@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from atoll.errors import from_os_error
+from atoll.errors import ProcessFailed, from_os_error
 from atoll.host import process
 from atoll.host.facts import free_disk
+from atoll.model.operation import Progress
 
 LEAST_ROOM = 4 << 20
 """Bytes that have to be free for a new head. It takes a twentieth of that; the rest is for whoever runs already."""
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT)
-from atoll.model.operation import Progress
 
 
 async def create_head(path: Path, *, size: int, layer: Path | None) -> None:
@@ -68,3 +68,13 @@ async def resize(path: Path, size: int) -> None:
     """Grow a head that no QEMU has open. `size` is the whole new size in bytes. Raises as `create_head` does."""
     # Without what is below it, which may have been merged into another file since the head was made.
     await _qemu_img(["resize", "-q", "--", chain_argument([path]), str(size)], f"grow the disk {path}")
+
+
+async def _qemu_img(words: list[str | Path], doing: str) -> None:
+    try:
+        await process.run(["qemu-img", *words], env={"LC_ALL": "C"})
+    except ProcessFailed as error:
+        for number in _REFUSALS:
+            if os.strerror(number) in error.why:
+                raise from_os_error(OSError(number, os.strerror(number)), doing) from error
+        raise

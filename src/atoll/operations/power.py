@@ -34,13 +34,6 @@ def control(services: Services, vm: Vm) -> Monitor:
         raise WrongState(f"{vm.name}: QEMU can't be reached", str(error), f"See `atoll show {vm.name}`.") from error
 
 
-async def go_on(services: Services, vm: Vm) -> None:
-    """Let a guest that stands still run, for whoever holds the VM's lock. Fine if it does, or has ended meanwhile."""
-    if observe.phase_of(services, vm) is Phase.PAUSED:
-        async with control(services, vm) as monitor:
-            await monitor.execute("cont")
-
-
 async def pause(vm: Vm, *, services: Services) -> None:
     """Stop the guest's CPUs. Fine if it is paused. Raises `WrongState`."""
     if observe.phase_of(services, vm) is Phase.PAUSED:
@@ -73,8 +66,14 @@ async def _resume(context: Context[PowerRequest]) -> None:
 
 
 async def go_on(services: Services, vm: Vm) -> None:
-    """Let a paused guest go on. Raises `StorageFailed` when the disk is full on which it waits for room."""
-    waits_for_room = observe.observe_one(services, vm).trouble == "disk-full"
+    """Let a guest that stands still run, for whoever holds the VM's lock. Fine if it does, or has ended meanwhile.
+
+    Raises `StorageFailed` when the disk is full on which it waits for room.
+    """
+    info = observe.observe_one(services, vm)
+    if info.phase is not Phase.PAUSED:
+        return
+    waits_for_room = info.trouble == "disk-full"
     async with control(services, vm) as monitor, monitor.events(["STOP"]) as stops:
         await monitor.execute("cont")
         if not waits_for_room:
