@@ -114,7 +114,7 @@ def test_each_thing_has_a_path_of_its_own() -> None:
         LAYOUT.memory_file("e"),
     ]
     assert len(set(paths)) == len(paths)
-    assert {path.parts[1] for path in paths} == {"data", "cache", "run"}
+    assert {path.parts[1] for path in paths} == {"data", "cache", "run", "dev"}
 
 
 def test_what_is_renamed_into_place_is_on_the_same_file_system() -> None:

@@ -315,5 +315,5 @@ def test_every_phase_can_be_left() -> None:
 
 
 def test_only_what_is_known_to_be_stopped_is_removed_or_started() -> None:
-    assert ALLOWED["rm"] == ALLOWED["start"] == {Phase.STOPPED}
+    assert ALLOWED["rm"] == ALLOWED["start"] == {Phase.STOPPED, Phase.SUSPENDED}
     assert phase_of_run_state("a state that a later QEMU may have") is Phase.UNKNOWN
