@@ -1,0 +1,104 @@
+"""An ordinary user, without root at any step: the same commands, in folders of that user's own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.helpers import leftovers
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
+
+USER, STRANGER = 54321, 54322
+"""Numbers that nobody has; a user needs no name for this."""
+ATOLL = "from atoll.cli.main import main; main()"
+
+
+class Person:
+    """Somebody with a home, who runs commands."""
+
+    def __init__(self, uid: int, home: Path) -> None:
+        self.uid = uid
+        self.home = home
+
+    def run(self, *argv: str | Path, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ATOLL_"))}
+        become = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
+        return subprocess.run(
+            [*become, *argv],
+            input=stdin,
+            env=kept | {"HOME": str(self.home)},
+            cwd=self.home,
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+
+    def atoll(self, *words: str, stdin: bytes = b"") -> bytes:
+        finished = self.run(sys.executable, "-c", ATOLL, *words, stdin=stdin)
+        assert finished.returncode == 0, finished.stderr.decode(errors="replace")
+        return finished.stdout
+
+
+@pytest.fixture
+def person() -> Iterator[Person]:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    home = Path(tempfile.mkdtemp(prefix="atoll-test-"))
+    os.chown(home, USER, USER)
+    home.chmod(0o755)
+    someone = Person(USER, home)
+    if someone.run(sys.executable, "-c", "import atoll").returncode != 0:
+        shutil.rmtree(home)
+        pytest.skip("this checkout is in a folder that only root may enter")
+    try:
+        yield someone
+    finally:
+        leftovers.end_processes_of(home)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def owners(pid: str) -> set[str]:
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Uid:"))
+    return set(line.split()[1:])
+
+
+def test_everything_works_without_root(person: Person) -> None:
+    data = person.home / ".local/share/atoll"
+    person.atoll("image", "build", "tiny", "--quiet")
+    person.atoll("run", "tiny", "--name", "mine", "--memory", "128MiB", "--quiet")
+    try:
+        assert person.atoll("exec", "mine", "--", "uname", "-s") == b"Linux\n"
+        (person.home / "file").write_bytes(b"from the user")
+        person.atoll("cp", "--quiet", str(person.home / "file"), "mine:/root/file")
+        assert person.atoll("cp", "--quiet", "mine:/root/file", "-") == b"from the user"
+        low = person.run(sys.executable, "-c", ATOLL, "port", "add", "mine", "80:80")
+        if low.returncode != 0:
+            assert b"ports below 1024 are root's" in low.stderr
+        (pid,) = person.run("pgrep", "-u", str(USER), "qemu-system").stdout.decode().split()
+        assert owners(pid) == {str(USER)}, "nothing of it is root's"
+
+        assert data.stat().st_uid == USER and data.stat().st_mode & 0o077 == 0, "others are kept out"
+        assert (person.home / ".cache/atoll").is_dir()
+        (socket,) = data.glob("run/vms/*/control.sock")
+        reach = f"import socket; socket.socket(socket.AF_UNIX).connect({str(socket)!r})"
+        stranger = Person(STRANGER, person.home)
+        assert b"PermissionError" in stranger.run(sys.executable, "-c", reach).stderr
+
+        assert b"mine" in person.atoll("ls", "--quiet")
+        of_root = subprocess.run(
+            [sys.executable, "-c", ATOLL, "ls", "--quiet"],
+            env=os.environ | {"ATOLL_HOME": str(person.home / "of-root")},
+            capture_output=True,
+            timeout=60,
+            check=True,
+        )
+        assert of_root.stdout == b"", "each user has machines of their own"
+        person.atoll("stop", "mine")
+    finally:
+        person.run(sys.executable, "-c", ATOLL, "rm", "--force", "mine")
+    assert person.atoll("ls", "--quiet") == b""
