@@ -48,6 +48,11 @@ SECTIONS: dict[str, dict[str, str]] = {
         "top": "top",
     },
     "History": {
+        "snapshot": "history",
+        "history": "history",
+        "restore": "history",
+        "forget": "history",
+        "clone": "history",
         "fork": "fork",
         "pool": "fork",
     },
