@@ -30,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__)
     parser.add_argument("--peers", action="store_true", help="measure libvirt too (./dev installs it)")
     parser.add_argument("--quick", action="store_true", help="two repetitions and 50 VMs: only to see that it works")
+    parser.add_argument("--repetitions", type=int, default=9, help="how often each thing is measured")
     parser.add_argument("--vms", type=int, default=1000, help="how many stopped VMs `ls` meets")
     return parser.parse_args()
 
@@ -37,7 +38,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, write the results, print the table."""
     options = arguments()
-    repetitions, many = (2, 50) if options.quick else (9, options.vms)
+    repetitions, many = (2, 50) if options.quick else (options.repetitions, options.vms)
     # libvirt's QEMU may be another user's; our home keeps its own modes.
     with tempfile.TemporaryDirectory(prefix="atoll-bench-") as folder, contextlib.ExitStack() as stack:
         home = Path(folder)
