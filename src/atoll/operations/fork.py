@@ -20,6 +20,7 @@ from atoll.operations import resolve_disks
 from atoll.operations.create import CREATE, NewVm
 from atoll.operations.engine import perform
 from atoll.operations.history import forget
+from atoll.operations.power import go_on
 from atoll.operations.remove import remove
 from atoll.operations.services import Report, Services
 from atoll.operations.snapshot import SnapshotOptions, free_name, snapshot
@@ -90,11 +91,19 @@ async def copies(
 
     async def one(name: str) -> None:
         async with places:
-            made.append(await _copy(node, name, services, pool))
+            made.append(await _copy(node, name, services, pool, hold=hold))
             if report is not None:
                 report(Progress(step="start copies", done=len(made), total=len(names), unit="steps"))
 
+    async def let_go(vm: Vm) -> None:
+        async with places, services.lease(vm.id, what=vm.name):
+            await go_on(services, vm)
+
+    # The first of many would take processor time from the last, so they go on together once all are there.
+    hold = pool is not None or len(names) > 1
     results = await asyncio.gather(*(one(name) for name in names), return_exceptions=True)
+    if hold and pool is None and node.memory.running and len(made) == len(names):
+        results = await asyncio.gather(*(let_go(vm) for vm in made), return_exceptions=True)
     failed = next((result for result in results if isinstance(result, BaseException)), None)
     if failed is not None:
         for vm in made:
@@ -104,7 +113,7 @@ async def copies(
     return sorted(made, key=lambda vm: order[vm.name])
 
 
-async def _copy(node: Snapshot, name: str, services: Services, pool: str | None) -> Vm:
+async def _copy(node: Snapshot, name: str, services: Services, pool: str | None, *, hold: bool) -> Vm:
     assert node.memory is not None
     vm = Vm(
         id=new_id(),
@@ -120,7 +129,7 @@ async def _copy(node: Snapshot, name: str, services: Services, pool: str | None)
     )
     await perform(CREATE, NewVm(vm=vm, nvram=node.nvram), services=services, subject=vm.id, subject_name=name)
     try:
-        await start(services.vm(vm.id), services=services)
+        await start(services.vm(vm.id), services=services, hold=hold)
     except (AtollError, asyncio.CancelledError):
         await remove(services.vm(vm.id), services=services, force=True)
         raise

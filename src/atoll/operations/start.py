@@ -29,11 +29,16 @@ from atoll.operations.template import shared_memory
 
 class StartRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     vm_id: str
+    hold: bool = False
+    """A guest that goes on from memory stands still until it is told to."""
 
 
-async def start(vm: Vm, *, services: Services, report: Report | None = None) -> None:
-    """Start a stopped VM; returns with the guest running. Raises `WrongState`, `EngineFailed`, `StorageFailed`."""
-    request = StartRequest(vm_id=vm.id)
+async def start(vm: Vm, *, services: Services, report: Report | None = None, hold: bool = False) -> None:
+    """Start a stopped VM; returns with the guest running, unless one with memory is to be held.
+
+    Raises `WrongState`, `EngineFailed`, `StorageFailed`.
+    """
+    request = StartRequest(vm_id=vm.id, hold=hold)
     await perform(START, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
 
 
@@ -86,7 +91,7 @@ async def _go_on(context: Context[StartRequest]) -> None:
     if suspended is None:
         return
     memory = msgspec.convert(suspended, Memory)
-    if memory.running and context.vm.pool is None:
+    if memory.running and not context.request.hold:
         await go_on(context.services, context.vm)
     if not memory.shared:
         context.services.layout.memory_file(memory.id).unlink(missing_ok=True)
