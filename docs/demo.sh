@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Shows Atoll at work: two systems of different architectures side by side, a command in each, files in and out.
+# Shows Atoll at work: two systems of different architectures side by side, a command in each, files in and out; a
+# running one kept, forked and restored.
 # It has an ATOLL_HOME of its own, so it never meets the user's VMs; only its images stay, for the next time.
 set -euo pipefail
 
@@ -7,7 +8,7 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 PATH=$here/.venv/bin:$PATH
 export ATOLL_HOME=${XDG_CACHE_HOME:-$HOME/.cache}/atoll-demo
 unset ATOLL_FORMAT
-near=near-$$ far=far-$$ # two demos at once don't meet either
+near=near-$$ far=far-$$ fork=fork-$$ # two demos at once don't meet either
 bold='' plain=''
 if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
 folder=$(mktemp -d)
@@ -34,7 +35,7 @@ clean_up() {
     trap - EXIT
     printf '\nCleaning up\n'
     for vm in $(atoll ls --quiet); do
-        if [ "$vm" = "$near" ] || [ "$vm" = "$far" ]; then show atoll rm --force "$vm" || status=1; fi
+        if [ "$vm" = "$near" ] || [ "$vm" = "$fork" ] || [ "$vm" = "$far" ]; then show atoll rm --force "$vm" || status=1; fi
     done
     cd /
     rm -rf "$folder"
@@ -76,7 +77,17 @@ main() {
     show cat answer
     [ "$(cat answer)" = "$(tr a-z A-Z <letter)" ] || fail "the file didn't come back as it should"
 
+    show atoll snapshot "$near" answered -m 'the answer is written'
+    show atoll fork "$near" --name "$fork"
+    show atoll exec "$fork" -- sh -c 'hostname; cat /root/answer; uptime'
+    show atoll exec "$near" -- sh -c 'rm /root/*; ls -l /root'
+    show atoll restore "$near" answered
+    show atoll exec "$near" -- cat /root/answer
+    [ "$(atoll exec "$near" -- cat /root/answer)" = "$(cat answer)" ] || fail "the restored VM hasn't got its file"
+    show atoll history "$near"
+
     show atoll ls
+    show atoll rm --force "$fork"
     show atoll stop "$near" "$far"
     show atoll ls
     printf '\nThat took %s seconds.\n' "$((SECONDS - begin))"

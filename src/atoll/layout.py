@@ -38,6 +38,11 @@ class VmPaths:
         return self.home / "seed.iso"
 
     @property
+    def unsettled(self) -> Path:
+        """What its guest is to be told as soon as somebody speaks with its agent."""
+        return self.home / "unsettled.json"
+
+    @property
     def logs(self) -> Path:
         return self.home / "log"
 

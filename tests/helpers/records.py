@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from atoll.model.image import Image, ImageDisk, Layer
 from atoll.model.operation import Operation, Owner, StepRecord
+from atoll.model.snapshot import Memory, Snapshot
 from atoll.model.spec import BootSpec, CpuSpec, DiskSpec, GuestSpec, NicSpec, PortSpec, SeedSpec, VmSpec
 from atoll.model.units import GIB
 from atoll.model.vm import Exit, Run, Vm
@@ -97,8 +98,23 @@ def sql(path: Path, statement: str, *values: object) -> list[tuple[object, ...]]
         return db.execute(statement, values).fetchall()
 
 
+SNAPSHOT = Snapshot(
+    id="5" * 32,
+    name="clean",
+    vm_id=WEB.id,
+    vm_name="web",
+    image=WEB.image,
+    created_at=1_700_000_100.0,
+    spec=WEB.spec,
+    message="before 'all' that",
+    memory=Memory(id="6" * 32, file_size=4096, accelerator="tcg"),
+    seeded=True,
+)
+
+
 def put_everything(records: SqliteRecords) -> None:
     records.add_image(IMAGE, [LAYER])
     records.add_vm(WEB)
+    records.put_snapshot(SNAPSHOT)
     records.put_operation(OPERATION)
     records.add_event("vm.created", vm_id=WEB.id, name="web", data={"image": "debian:13"})

@@ -49,6 +49,7 @@ def _of_folders(layout: Layout, vms: list[Vm]) -> list[str]:
 
 def _of_images(layout: Layout, services: Services) -> list[str]:
     blobs = {blob for image in services.records.images() for blob in image.blob_ids}
+    blobs |= {snapshot.nvram for snapshot in services.records.snapshots() if snapshot.nvram}
     recorded = {f"{layer.id}.qcow2" for layer in services.records.layers()}
     return _compared("layer", _names(layout.layers), recorded) + _compared("blob", _names(layout.blobs), blobs)
 
@@ -73,7 +74,11 @@ async def _of_process(services: Services, vm: Vm) -> list[str]:
 
 async def _of_devices(vm: Vm, monitor: Monitor) -> list[str]:
     blocks = await monitor.execute("query-block")
-    disks = {block["inserted"]["node-name"] for block in blocks if block.get("inserted")} - {"seed-iso"}
+    disks = {block["inserted"]["node-name"] for block in blocks if block.get("inserted")} - {
+        "seed-iso",
+        "firmware",
+        "variables",
+    }
     found = _compared(f"{vm.name}: plugged disk", disks, {devices.head_node(disk) for disk in vm.spec.disks})
     rules = await monitor.execute("human-monitor-command", {"command-line": "info usernet"})
     forwarded = {line.split()[3] for line in rules.splitlines() if "HOST_FORWARD" in line}

@@ -13,7 +13,19 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from tests.helpers.records import IMAGE, LAYER, OPERATION, WEB, image, opened, operation, put_everything, sql, vm
+from tests.helpers.records import (
+    IMAGE,
+    LAYER,
+    OPERATION,
+    SNAPSHOT,
+    WEB,
+    image,
+    opened,
+    operation,
+    put_everything,
+    sql,
+    vm,
+)
 
 from atoll.errors import AlreadyExists, NotFound, RecordsFailed
 from atoll.model.operation import StepRecord
@@ -73,6 +85,7 @@ def test_a_database_of_each_earlier_version_is_upgraded_with_its_data(path: Path
             [WEB], [IMAGE], [LAYER], [OPERATION],
             [("vm.created", WEB.id, "web", {"image": "debian:13"})],
         )  # fmt: skip
+        assert records.snapshots() == ([SNAPSHOT] if version >= 3 else [])
         with pytest.raises(AlreadyExists, match="port 8080 is taken by 'web'"):
             records.add_vm(vm("other", 8080))
         assert [found.name for found in records.throwaways()] == ["web"]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 from tests.helpers.machines import Factory
@@ -146,3 +147,47 @@ async def test_a_pool_has_copies_that_wait(factory: Factory) -> None:
     assert await factory.host.pools.ls() == []
     assert sorted(info.vm.name for info in await factory.host.ls()) == ["one", "v"]
     assert await disagreements(factory.layout) == []
+
+
+async def test_copies_are_removed_at_the_end_of_their_context(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    async with await vm.fork(3) as forks:
+        assert [fork.name for fork in forks] == ["v-1", "v-2", "v-3"]
+        await forks[1].rm(force=True)
+    assert [info.vm.name for info in await factory.host.ls()] == ["v"]
+
+
+async def test_a_guest_that_goes_on_knows_the_time_and_a_copy_knows_its_name(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("date -s '2001-01-01 00:00:00'; echo 0123456789abcdef0123456789abcdef > /etc/machine-id; sync")
+    await vm.snapshot("past")
+    await vm.restore("past")
+    assert abs(int(await vm.sh("date +%s")) - time.time()) < 30
+    (fork,) = await factory.host.fork("v@past", name="copy")
+    copy = factory.machine(fork)
+    assert abs(int(await copy.sh("date +%s")) - time.time()) < 30
+    assert await copy.sh("hostname; cat /etc/hostname") == "copy\ncopy"
+    identity = await copy.read("/etc/machine-id")
+    assert len(identity) == 32 and identity != "0123456789abcdef0123456789abcdef"
+    assert await vm.read("/etc/machine-id") == "0123456789abcdef0123456789abcdef"
+    assert await vm.sh("hostname") == "v"
+
+    clone = factory.machine(await vm.clone("clone"))
+    await clone.start(wait=True, timeout=120)
+    assert await clone.sh("hostname; cat /etc/hostname") == "clone\nclone"
+    assert await clone.read("/etc/machine-id") not in (identity, await vm.read("/etc/machine-id"))
+    await factory.host.pools.fill("v@past", 1)
+    taken = factory.machine(await factory.host.pools.take("v@past", "taken"))
+    assert await taken.sh("hostname") == "taken"
+
+
+async def test_the_generator_of_random_numbers_differs_in_each_copy(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.snapshot("one")
+    read = "head -c16 /dev/urandom | od -An -tx1"
+    seen = set()
+    for _ in range(2):
+        await vm.restore("one")
+        seen.add(await vm.sh(read))
+    seen |= {await factory.machine(fork).sh(read) for fork in await factory.host.fork("v@one", 3)}
+    assert len(seen) == 5

@@ -8,7 +8,7 @@ from tests.helpers.machines import Factory
 from tests.helpers.world import disagreements
 
 from atoll.errors import AlreadyExists, InvalidInput, NotFound
-from atoll.model.requests import DiskRequest
+from atoll.model.requests import CreateRequest, DiskRequest
 from atoll.model.state import Phase
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
@@ -146,4 +146,70 @@ async def test_forgetting_gives_space_back_and_leaves_heads_whole(factory: Facto
     assert await vm.read("/root/file") == "0"
     await vm.rm(force=True)
     assert not list(factory.layout.memory.iterdir())
+    assert await disagreements(factory.layout) == []
+
+
+async def test_the_disks_alone_can_be_restored_and_a_running_guest_boots_on_them(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo one > /root/file; echo here > /dev/shm/memory; sync")
+    await vm.snapshot("one")
+    await vm.sh("echo two > /root/file; sync")
+    await vm.restore("one", disk_only=True)
+    await vm.wait("ready", timeout=120)
+    assert await vm.read("/root/file") == "one"
+    assert (await vm.exec(["test", "-e", "/dev/shm/memory"])).exit_code == 1
+    await vm.stop(force=True)
+    await vm.restore("one", disk_only=True)
+    assert await vm.phase() is Phase.STOPPED
+    assert await disagreements(factory.layout) == []
+
+
+async def test_several_disks_are_kept_at_one_instant_while_they_are_written(factory: Factory) -> None:
+    disks = (DiskRequest(name="first", size="1MiB"), DiskRequest(name="second", size="1MiB"))
+    vm = await factory.run("tiny", name="v", memory="96MiB", disks=disks)
+    count = "i=0; while :; do i=$((i+1)); for d in vdb vdc; do echo $i | dd of=/dev/$d conv=fsync; done; done"
+    await vm.sh(f"({count}) </dev/null >/dev/null 2>&1 &")
+    await vm.sh("until [ -n \"$(head -n1 /dev/vdc | tr -d '\\0')\" ]; do :; done")
+    for number in range(4):
+        await vm.snapshot(f"s{number}", disk_only=bool(number % 2))
+        await vm.sh("sleep 0.2")
+    seen = []
+    for number in range(4):
+        await vm.restore(f"s{number}", disk_only=True)
+        await vm.wait("ready", timeout=120)
+        first, second = [int(await vm.sh(f"head -n1 /dev/{disk}")) for disk in ("vdb", "vdc")]
+        # The second disk gets each number after the first one has it for certain.
+        assert second <= first <= second + 1
+        seen.append(first)
+    assert seen == sorted(set(seen))
+
+
+async def test_a_quiesced_snapshot_freezes_the_file_systems_and_thaws_them(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo unsynced > /root/file")
+    node = await vm.snapshot("calm", disk_only=True, quiesce=True)
+    assert node.quiesced
+    await vm.sh("echo goes on > /root/file; sync")
+    await vm.restore("calm")
+    await vm.wait("ready", timeout=120)
+    assert await vm.read("/root/file") == "unsynced"
+
+
+async def test_the_variables_of_uefi_belong_to_a_snapshot(factory: Factory) -> None:
+    vm = factory.machine(await factory.host.create(CreateRequest(name="v", firmware="uefi", disk_size="1MiB")))
+    nvram = factory.layout.vm(vm.id).nvram
+    fresh = nvram.read_bytes()
+    await vm.snapshot("fresh")
+    nvram.write_bytes(fresh[:-1] + b"x")
+    await vm.snapshot("changed")
+    clone = await factory.host.clone("v@fresh", "w")
+    assert factory.layout.vm(clone.id).nvram.read_bytes() == fresh
+    await vm.restore("fresh")
+    assert nvram.read_bytes() == fresh
+    await vm.start()
+    await vm.snapshot("running")
+    await vm.restore("changed")
+    assert nvram.read_bytes()[:-1] == fresh[:-1] and nvram.read_bytes()[-1:] == b"x"
+    await vm.restore("running")
+    assert await vm.phase() is Phase.RUNNING
     assert await disagreements(factory.layout) == []

@@ -112,8 +112,9 @@ def tree(nodes: "Sequence[HistoryNode]") -> "Iterable[tuple[str, HistoryNode]]":
 @click.argument("vm", type=VM)
 @click.argument("snapshot")
 @click.option("--keep", is_flag=True, help="Take a snapshot of the present first.")
+@click.option("--disk-only", is_flag=True, help="Leave its memory; a VM that runs is booted.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def restore_command(vm: str, snapshot: str, keep: bool, quiet: bool) -> None:
+def restore_command(vm: str, snapshot: str, keep: bool, disk_only: bool, quiet: bool) -> None:
     """Make a VM what it was; with memory its guest simply goes on from there, else a running VM is booted.
 
     The present is lost, unless --keep takes a snapshot of it first. If the restore fails, the VM is as it was.
@@ -129,7 +130,7 @@ def restore_command(vm: str, snapshot: str, keep: bool, quiet: bool) -> None:
     async def action(host: "AsyncHost") -> None:
         found = await host.get(vm)
         with Shown(f"restoring {vm}", quiet=quiet) as shown:
-            await found.restore(snapshot, keep=keep, report=shown.report)
+            await found.restore(snapshot, keep=keep, disk_only=disk_only, report=shown.report)
 
     perform(action)
 

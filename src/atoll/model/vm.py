@@ -62,8 +62,6 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     last_exit: Exit | None = None
     seeded: bool = False
     """The first boot reached `ready`, so the seed has done its work."""
-    cloned: bool = False
-    """Its disks have another machine's identity; the first time it is ready it gets one of its own."""
     pool: str | None = None
     """The snapshot whose pool it waits in, started and standing still."""
     snapshot: str | None = None

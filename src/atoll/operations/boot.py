@@ -21,6 +21,7 @@ from atoll.model.vm import Run, Vm
 from atoll.operations import observe
 from atoll.operations.create import firmware_for
 from atoll.operations.descriptors import hand_over, set_path
+from atoll.operations.guest_settle import leave_word
 from atoll.operations.services import Report, Services
 from atoll.qemu import jobs, mapped_ram
 from atoll.qemu.monitor import Monitor
@@ -73,6 +74,8 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
     steps, accelerator = await make_plan(services, vm, spec, incoming=incoming)
     paths = services.layout.vm(vm.id)
     _prepare(paths, steps)
+    if incoming is not None and spec.guest.agent:
+        leave_word(paths, time=True)
     for nic in spec.nics:
         for port in nic.ports:
             check_port_free(vm.name, port)

@@ -66,10 +66,9 @@ async def clone(
         created_at=time.time(),
         spec=_own(spec, full=full),
         snapshot=below,
-        cloned=True,
     )
     copies = {disk.name: disk.layer for disk in spec.disks if disk.layer and disk.blob is None} if full else {}
-    request = NewVm(vm=vm, nvram=nvram, copies=copies)
+    request = NewVm(vm=vm, nvram=nvram, copies=copies, copy=True)
     await perform(CREATE, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
     return services.vm(vm.id)
 

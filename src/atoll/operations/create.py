@@ -27,6 +27,7 @@ from atoll.model.spec import SeedSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations import heads, resolve
 from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.guest_settle import leave_word
 from atoll.operations.services import Report, Services
 from atoll.qemu.plan import layer_chain
 
@@ -40,6 +41,8 @@ class NewVm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     vm: Vm
     nvram: str | None = None
     """SHA-256 of the blob with its UEFI variables; the firmware's empty ones when None."""
+    copy: bool = False
+    """Its disks have another machine's identity: it is to get one of its own."""
     copies: dict[str, str] = field(default_factory=dict)
     """Disks that begin as whole copies of a layer's content, with nothing below them: the layer by the disk's name."""
 
@@ -166,6 +169,8 @@ async def _files(context: Context[NewVm]) -> None:
         copy_variables(firmware, paths.nvram)
     if spec.wants_seed:
         await _write_seed(request.vm, paths.seed)
+    if request.copy and spec.guest.agent:
+        leave_word(paths, name=request.vm.name)
     files.sync_folder(paths.home)
 
 

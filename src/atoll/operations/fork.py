@@ -124,10 +124,10 @@ async def _copy(node: Snapshot, name: str, services: Services, pool: str | None,
         snapshot=node.id,
         suspended=replace(node.memory, shared=True),
         seeded=node.seeded,
-        cloned=True,
         pool=pool,
     )
-    await perform(CREATE, NewVm(vm=vm, nvram=node.nvram), services=services, subject=vm.id, subject_name=name)
+    request = NewVm(vm=vm, nvram=node.nvram, copy=True)
+    await perform(CREATE, request, services=services, subject=vm.id, subject_name=name)
     try:
         await start(services.vm(vm.id), services=services, hold=hold)
     except (AtollError, asyncio.CancelledError):

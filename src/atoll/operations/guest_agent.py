@@ -22,6 +22,7 @@ from atoll.host import sockets
 from atoll.host.files import locked
 from atoll.layout import VmPaths
 from atoll.operations.guest_knock import stop_knocking
+from atoll.operations.guest_settle import settle
 from atoll.qemu.guest import Agent, Refused, conversation
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.05
@@ -58,6 +59,7 @@ class _Line:
             self._wanted = stack.enter_context(Inotify())
             self._wanted.add_watch(lock, Mask.ATTRIB)
             self._agent = await stack.enter_async_context(conversation(connect(paths, name, "agent"), timeout=timeout))
+            await settle(paths, self._agent)
             self._open = stack.pop_all()
         return self._agent
 

@@ -1,12 +1,15 @@
 """Small things that the guest agent does for other verbs."""
 
+import contextlib
 from typing import Any, Literal
 
-from atoll.errors import GuestFailed
+from atoll.errors import AtollError, GuestFailed
 from atoll.layout import VmPaths
+from atoll.model.vm import Vm
 from atoll.operations.guest_agent import exchange
 from atoll.operations.guest_capture import collected
 from atoll.operations.guest_slot import SH
+from atoll.operations.services import Services
 
 # The file makes it last; hostnamectl isn't everywhere, and systemd takes note of the kernel's name by itself.
 _SET_HOSTNAME = 'printf "%s\\n" "$1" >/etc/hostname; hostname "$1" || printf %s "$1" >/proc/sys/kernel/hostname'
@@ -16,6 +19,13 @@ async def ping(paths: VmPaths, timeout: float, *, name: str = "the guest") -> No
     """Return as soon as the agent answers, within `timeout` seconds. Raises `GuestFailed`."""
     async with exchange(paths, name, timeout=timeout):
         pass
+
+
+async def settled(services: Services, vm: Vm, *, timeout: float = 2.0) -> None:
+    """Have a guest that has just gone on learn the time now. One that doesn't answer within `timeout` learns it later."""
+    if vm.spec.guest.agent:
+        with contextlib.suppress(AtollError):
+            await ping(services.layout.vm(vm.id), timeout=timeout, name=vm.name)
 
 
 async def shutdown(

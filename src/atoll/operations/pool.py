@@ -17,6 +17,7 @@ from atoll.model.vm import PoolInfo, Vm
 from atoll.operations import observe
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.fork import copies
+from atoll.operations.guest_settle import rename_word
 from atoll.operations.power import go_on
 from atoll.operations.remove import remove
 from atoll.operations.services import Report, Services
@@ -105,6 +106,7 @@ async def _record(context: Context[TakeRequest]) -> None:
     if vm.pool is None or observe.phase_of(services, vm) is not Phase.PAUSED:
         raise WrongState(f"{vm.name}: it doesn't wait any more", next_step="Try again.")
     services.records.put_vm(replace(vm, name=request.name, pool=None))
+    rename_word(services.layout.vm(vm.id), request.name)
 
 
 async def _put_back(context: Context[TakeRequest]) -> None:

@@ -15,6 +15,7 @@ from atoll.model.state import Phase, require
 from atoll.model.vm import Vm
 from atoll.operations import observe
 from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.guest_settle import leave_word
 from atoll.operations.services import Services
 from atoll.qemu.monitor import Monitor
 
@@ -62,6 +63,8 @@ async def _resume(context: Context[PowerRequest]) -> None:
     if phase is Phase.RUNNING:
         return
     require(context.vm.name, phase, "resume")
+    if context.vm.spec.guest.agent:
+        leave_word(context.services.layout.vm(context.vm.id), time=True)
     await go_on(context.services, context.vm)
 
 

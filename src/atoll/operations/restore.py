@@ -27,7 +27,7 @@ from atoll.model.snapshot import Snapshot
 from atoll.model.spec import VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Run, Vm
-from atoll.operations import heads, observe, ports
+from atoll.operations import guest_setup, heads, observe, ports
 from atoll.operations.boot import Incoming, boot, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control, go_on
@@ -41,6 +41,8 @@ class RestoreRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     vm_id: str
     snapshot_id: str
     heads: dict[str, str]
+    disk_only: bool = False
+    """Leave its memory; a VM that runs is booted."""
 
 
 def find_snapshot(services: Services, vm: Vm, reference: str) -> Snapshot:
@@ -54,14 +56,20 @@ def find_snapshot(services: Services, vm: Vm, reference: str) -> Snapshot:
         ) from None
 
 
-async def restore(vm: Vm, node: Snapshot, *, services: Services, report: Report | None = None) -> None:
-    """Make the VM what it was. One that has memory goes on from there; else a VM that runs is booted anew.
+async def restore(
+    vm: Vm, node: Snapshot, *, services: Services, report: Report | None = None, disk_only: bool = False
+) -> None:
+    """Make the VM what it was. One that has memory goes on from there; else, and with `disk_only`, a VM that runs is
+    booted anew.
 
     The present is lost: take a snapshot first to keep it. Raises `Unsupported` when the memory is of another
     accelerator, `EngineFailed`, `StorageFailed`; the VM is then as it was.
     """
     request = RestoreRequest(
-        vm_id=vm.id, snapshot_id=node.id, heads={disk.name: new_id() for disk in node.spec.disks if disk.layer}
+        vm_id=vm.id,
+        snapshot_id=node.id,
+        heads={disk.name: new_id() for disk in node.spec.disks if disk.layer},
+        disk_only=disk_only,
     )
     await perform(RESTORE, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
 
@@ -70,7 +78,7 @@ def _node(context: Context[RestoreRequest]) -> Snapshot:
     node = context.services.records.snapshot(context.request.snapshot_id)
     if node is None:
         raise NotFound(f"{context.vm.name}: the snapshot is gone", "another command removed it")
-    return node
+    return replace(node, memory=None) if context.request.disk_only else node
 
 
 def restored_spec(vm: Vm, node: Snapshot, new_heads: dict[str, str]) -> VmSpec:
@@ -190,11 +198,13 @@ async def _record(context: Context[RestoreRequest]) -> None:
 
 async def _go_on(context: Context[RestoreRequest]) -> None:
     services, vm = context.services, context.vm
+    node = services.records.snapshot(context.request.snapshot_id)
+    memory = None if node is None or context.request.disk_only else node.memory
+    if memory is not None and memory.running:
+        await go_on(services, vm)
+        services.later(guest_setup.settled(services, vm))
     # The old QEMU is one that isn't recorded any more.
     await kill_strays(vm)
-    node = services.records.snapshot(context.request.snapshot_id)
-    if node is not None and node.memory is not None and node.memory.running:
-        await go_on(services, vm)
     paths = services.layout.vm(vm.id)
     drop_removed_disks(paths, vm.spec)
     shutil.rmtree(_aside(paths.run), ignore_errors=True)

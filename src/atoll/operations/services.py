@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from atoll import layout as layouts
 from atoll.errors import NotFound, StorageFailed
@@ -16,6 +16,9 @@ from atoll.store.records import Records
 from atoll.store.sqlite import SqliteRecords
 
 if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Coroutine
+
     from atoll.model.launch import Capabilities
     from atoll.model.spec import AcceleratorChoice, Arch
 
@@ -29,6 +32,21 @@ class Services:
 
     def __init__(self, layout: Layout | None = None) -> None:
         self.layout = layout or layouts.find()
+        self._later: set["asyncio.Task[None]"] = set()
+
+    def later(self, work: "Coroutine[Any, Any, None]") -> None:
+        """Do something that nobody has to wait for, and that may be left undone; bounded in time by itself."""
+        import asyncio
+
+        task = asyncio.create_task(work)
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
+
+    async def finish(self) -> None:
+        """Wait for what was to be done later."""
+        import asyncio
+
+        await asyncio.gather(*self._later, return_exceptions=True)
 
     @cached_property
     def records(self) -> Records:

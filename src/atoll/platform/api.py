@@ -13,6 +13,7 @@ from atoll.model.requests import BuildRequest, CreateRequest, DiskRequest, Impor
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, PortSpec
 from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, Stats, Vm, VmInfo
+from atoll.platform.copies import AsyncCopies
 
 Report = Callable[[Progress], None]
 ByteSink = Callable[[bytes], None]
@@ -139,8 +140,11 @@ class AsyncVm(Protocol):
     async def history(self) -> list[HistoryNode]:
         """Its snapshots, oldest first; each names its parent."""
 
-    async def restore(self, snapshot: str, *, keep: bool = False, report: Report | None = None) -> None:
-        """Make it what it was. One with memory goes on from there; else a running VM is booted anew.
+    async def restore(
+        self, snapshot: str, *, keep: bool = False, disk_only: bool = False, report: Report | None = None
+    ) -> None:
+        """Make it what it was. One with memory goes on from there; else, and with `disk_only`, a running VM is booted
+        anew.
 
         The present is lost, unless `keep` takes a snapshot of it first.
         """
@@ -148,10 +152,11 @@ class AsyncVm(Protocol):
     async def forget(self, snapshot: str) -> None:
         """Take a snapshot out of the history. What stands on it keeps its data."""
 
-    async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> "list[AsyncVm]":
+    async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> "AsyncCopies":
         """Running copies of this instant, their memory shared until it is written; this one runs on.
 
-        `{n}` in the name is the copy's number. Fine for a VM that is a copy itself.
+        `{n}` in the name is the copy's number. Fine for a VM that is a copy itself. The list is a context, too, which
+        removes them at its end: `async with await vm.fork(10) as forks`.
         """
 
     async def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "AsyncVm":
@@ -244,7 +249,7 @@ class AsyncHost(Protocol):
 
     async def fork(
         self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None
-    ) -> list[AsyncVm]:
+    ) -> AsyncCopies:
         """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
 
     def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:

@@ -28,6 +28,7 @@ from atoll.platform.api import (
     Report,
     Terminal,
 )
+from atoll.platform.copies import Copies
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -196,10 +197,10 @@ class Vm(_Handle[AsyncVm]):
     restore = _blocking(AsyncVm.restore)
     forget = _blocking(AsyncVm.forget)
 
-    def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> "list[Vm]":
+    def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> Copies:
         """Running copies of this instant, their memory shared until it is written; this one runs on."""
         made = self._calls.wait_for(lambda: self._inner.fork(count, name=name, report=report))
-        return [Vm(vm, self._calls) for vm in made]
+        return Copies(Vm(vm, self._calls) for vm in made)
 
     def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "Vm":
         """A stopped VM with this one's disks as they are now; with `full` it shares nothing with it."""
@@ -338,10 +339,10 @@ class Host(_Handle[AsyncHost]):
         clone = functools.partial(self._inner.clone, source, name, full=full, report=report)
         return Vm(self._calls.wait_for(clone), self._calls)
 
-    def fork(self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None) -> list[Vm]:
+    def fork(self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None) -> Copies:
         """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
         made = self._calls.wait_for(lambda: self._inner.fork(source, count, name=name, report=report))
-        return [Vm(vm, self._calls) for vm in made]
+        return Copies(Vm(vm, self._calls) for vm in made)
 
     def notices(self) -> list[str]:
         """What recovery did to operations that a killed process had left, told once."""

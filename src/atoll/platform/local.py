@@ -10,6 +10,7 @@ from atoll.model.requests import CreateRequest
 from atoll.model.vm import Event, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import AsyncVm, Report
+from atoll.platform.copies import AsyncCopies
 from atoll.platform.local_parts import LocalImages, LocalOperations, LocalPools
 from atoll.platform.local_vm import LocalVm
 
@@ -89,6 +90,7 @@ class LocalHost:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        await self._services.finish()
         self._services.close()
 
     def notices(self) -> list[str]:
@@ -137,12 +139,12 @@ class LocalHost:
 
     async def fork(
         self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None
-    ) -> list[AsyncVm]:
+    ) -> AsyncCopies:
         from atoll.operations.clone import find_source
         from atoll.operations.fork import fork
 
         made = await fork(find_source(source, self._services), count, name, services=self._services, report=report)
-        return [LocalVm(self._services, vm) for vm in made]
+        return AsyncCopies(LocalVm(self._services, vm) for vm in made)
 
     async def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         records = self._services.records

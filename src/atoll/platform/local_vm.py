@@ -14,6 +14,7 @@ from atoll.model.state import require
 from atoll.model.vm import Change, ExecRequest, ExecResult, Stats, Vm, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import AsyncVm, ByteSink, Report, Terminal
+from atoll.platform.copies import AsyncCopies
 
 # Operations are imported where they are used, so that a command pays only for what it does.
 
@@ -259,13 +260,15 @@ class LocalVm:
 
         return history(self._record(), services=self._services)
 
-    async def restore(self, snapshot: str, *, keep: bool = False, report: Report | None = None) -> None:
+    async def restore(
+        self, snapshot: str, *, keep: bool = False, disk_only: bool = False, report: Report | None = None
+    ) -> None:
         from atoll.operations.restore import find_snapshot, restore
 
         node = find_snapshot(self._services, self._record(), snapshot)
         if keep:
             await self.snapshot(report=report)
-        await restore(self._record(), node, services=self._services, report=report)
+        await restore(self._record(), node, services=self._services, report=report, disk_only=disk_only)
 
     async def forget(self, snapshot: str) -> None:
         from atoll.operations.history import forget
@@ -274,11 +277,11 @@ class LocalVm:
         vm = self._record()
         await forget(vm, find_snapshot(self._services, vm, snapshot), services=self._services)
 
-    async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> "list[AsyncVm]":
+    async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> AsyncCopies:
         from atoll.operations.fork import fork
 
         made = await fork(self._record(), count, name, services=self._services, report=report)
-        return [LocalVm(self._services, vm) for vm in made]
+        return AsyncCopies(LocalVm(self._services, vm) for vm in made)
 
     async def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "LocalVm":
         from atoll.operations.clone import clone

@@ -56,4 +56,8 @@ MIGRATIONS: tuple[str, ...] = (
         UNIQUE (vm_id, name)
     ) STRICT;
     """,
+    # What a copy still has to learn is written in a file beside its disks.
+    """
+    UPDATE vms SET record = CAST(json_remove(CAST(record AS TEXT), '$.cloned') AS BLOB);
+    """,
 )

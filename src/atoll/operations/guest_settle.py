@@ -1,0 +1,111 @@
+"""What a guest must learn that went on from memory, or has another machine's disks: the time, and who it is.
+
+A file beside its disks says what, and whoever speaks with its agent first tells it. So a hundred copies go on at once,
+and whoever asks one for anything finds it settled. A restore doesn't wait for that first question: it asks itself.
+"""
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from atoll.errors import GuestFailed
+from atoll.host import files
+from atoll.layout import VmPaths
+
+if TYPE_CHECKING:
+    from atoll.qemu.guest import Agent
+
+SH = "/bin/sh"
+TIME_FOR_IDENTITY = 20.0
+"""Seconds until the script below has to have ended. Making keys isn't part of that: it goes on in the background."""
+
+IDENTITY = r"""
+name=$1
+printf '%s\n' "$name" >/etc/hostname
+hostname "$name" 2>/dev/null || printf %s "$name" >/proc/sys/kernel/hostname
+if grep -q '^127\.0\.1\.1' /etc/hosts 2>/dev/null; then
+    sed "s/^127\.0\.1\.1.*/127.0.1.1 $name/" /etc/hosts >/etc/hosts.new && cat /etc/hosts.new >/etc/hosts
+    rm -f /etc/hosts.new
+fi
+if [ -s /etc/machine-id ]; then
+    od -An -N16 -tx1 /dev/urandom | tr -d ' \n' >/etc/machine-id.new
+    echo >>/etc/machine-id.new
+    chmod 444 /etc/machine-id.new
+    mv /etc/machine-id.new /etc/machine-id
+    if [ -f /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then
+        cp /etc/machine-id /var/lib/dbus/machine-id
+    fi
+fi
+for key in /etc/ssh/ssh_host_*_key; do
+    [ -e "$key" ] || continue
+    rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub
+    (
+        ssh-keygen -A
+        for service in ssh sshd; do systemctl try-restart $service || rc-service $service restart; done
+    ) </dev/null >/dev/null 2>&1 &
+    break
+done
+sync
+"""
+"""For Linux: a name, an id and host keys of its own, the two latter only where there are some."""
+
+
+class Unsettled(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is to be told."""
+
+    time: bool = False
+    name: str = ""
+    """Its own name, for one that still thinks that it is another machine."""
+
+
+def leave_word(paths: VmPaths, *, time: bool = False, name: str = "") -> None:
+    """Have the guest told at the next exchange; with what had been left before. Raises `StorageFailed`."""
+    before = _read(paths) or Unsettled()
+    wanted = replace(before, time=time or before.time, name=name or before.name)
+    files.write_atomically(paths.unsettled, msgspec.json.encode(wanted))
+
+
+def rename_word(paths: VmPaths, name: str) -> None:
+    """A machine that was to learn its name has another one meanwhile."""
+    if (before := _read(paths)) is not None and before.name:
+        files.write_atomically(paths.unsettled, msgspec.json.encode(replace(before, name=name)))
+
+
+def _read(paths: VmPaths) -> Unsettled | None:
+    try:
+        return msgspec.json.decode(paths.unsettled.read_bytes(), type=Unsettled)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+async def settle(paths: VmPaths, agent: "Agent") -> None:
+    """Tell the guest what was left for it. One that can't do it is left as it is. Raises `GuestFailed` when it ends."""
+    from atoll.qemu.guest import Refused
+
+    wanted = _read(paths)
+    if wanted is None:
+        return
+    if wanted.time:
+        with contextlib.suppress(Refused):
+            await agent.set_time(time.time_ns())
+    if wanted.name:
+        with contextlib.suppress(Refused):
+            await _give_identity(agent, wanted.name)
+    paths.unsettled.unlink(missing_ok=True)
+
+
+async def _give_identity(agent: "Agent", name: str) -> None:
+    import asyncio
+
+    pid = await agent.start(SH, ["-c", IDENTITY, "sh", name], capture=True)
+    pause, end = 0.005, time.monotonic() + TIME_FOR_IDENTITY
+    # The agent has no event for the end of a program.
+    while not (await agent.status(pid)).exited:
+        if time.monotonic() > end:
+            raise GuestFailed("the guest doesn't take its name", f"not in {TIME_FOR_IDENTITY:g} s")
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, 0.2)
