@@ -22,7 +22,7 @@ async def ping(paths: VmPaths, timeout: float, *, name: str = "the guest") -> No
 
 
 async def settled(services: Services, vm: Vm, *, timeout: float = 2.0) -> None:
-    """Have a guest that has just gone on learn the time now. One that doesn't answer within `timeout` learns it later."""
+    """Have a guest that has just gone on learn the time; one that doesn't answer within `timeout` learns it later."""
     if vm.spec.guest.agent:
         with contextlib.suppress(AtollError):
             await ping(services.layout.vm(vm.id), timeout=timeout, name=vm.name)

@@ -1,6 +1,5 @@
 """The copies that a fork makes: a list, and a context that removes them at its end."""
 
-import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Self
 
@@ -19,6 +18,8 @@ class AsyncCopies(list["AsyncVm"]):
 
     async def __aexit__(self, *exc: object) -> None:
         """Raises the first error, after all have been tried; those that are gone already are fine."""
+        import asyncio
+
         results = await asyncio.gather(*(vm.rm(force=True) for vm in self), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, NotFound):
