@@ -32,7 +32,7 @@ class Services:
 
     def __init__(self, layout: Layout | None = None) -> None:
         self.layout = layout or layouts.find()
-        self._later: set["asyncio.Task[None]"] = set()
+        self._later: set[asyncio.Task[None]] = set()
 
     def later(self, work: "Coroutine[Any, Any, None]") -> None:
         """Do something that nobody has to wait for, and that may be left undone; bounded in time by itself."""
