@@ -9,7 +9,7 @@ from atoll.layout import Layout
 from atoll.model.requests import CreateRequest
 from atoll.model.vm import Event, VmInfo
 from atoll.operations.services import Services
-from atoll.platform.api import AsyncVm, Report
+from atoll.platform.api import Report
 from atoll.platform.copies import AsyncCopies
 from atoll.platform.local_parts import LocalImages, LocalOperations, LocalPools
 from atoll.platform.local_vm import LocalVm
