@@ -19,6 +19,8 @@ class Layer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sha256: str = ""
     """Of the layer's file; empty until someone had to read all of it (`export`, `fsck`)."""
     parent: str | None = None
+    merged: tuple[str, ...] = ()
+    """The layers, lowest first, that this one was merged from: with the same parent they have the same content."""
 
 
 class ImageDisk(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
