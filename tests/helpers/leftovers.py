@@ -25,6 +25,10 @@ def processes_of(home: Path) -> dict[int, str]:
 
 
 def end_processes_of(home: Path) -> dict[int, str]:
+    # Layers that are being merged in the background are nobody's fault.
+    deadline = time.monotonic() + 30
+    while any("atoll.operations.merge" in argv for argv in processes_of(home).values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
     left = processes_of(home)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):

@@ -21,6 +21,7 @@ from atoll.operations.engine import Context, Step, Verb
 from atoll.operations.registry import VERBS
 from atoll.operations.services import Services
 from atoll.platform.local import LocalHost
+from atoll.qemu.plan import layer_chain
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -212,6 +213,29 @@ async def is_taken(stage: Stage) -> bool:
     return True
 
 
+MERGE_SHORT_CHAINS = """
+from atoll.model import chain
+from atoll.operations import merge
+merge.LONGEST = chain.LONGEST = 2
+chain.AFTER = 1
+await merge.merge(services=host._services)
+"""
+
+
+async def long_chain(stage: Stage) -> None:
+    await running(stage)
+    while await is_short(stage):
+        vm = await stage.vm()
+        await vm.sh("date > /root/file; sync")
+        await vm.snapshot("layer", disk_only=True)
+        await vm.forget("layer")
+
+
+async def is_short(stage: Stage) -> bool:
+    layers = {layer.id: layer for layer in stage.factory.host._services.records.layers()}
+    return len(layer_chain((await stage.vm()).record.spec.disks[0].layer, layers)) <= 2
+
+
 CASES: dict[str, Case] = {
     "create": Case(nothing_made, "await host.create('tiny', name='new', memory='96MiB')", lambda s: s.exists("new")),
     "start": Case(stopped, "await (await host.get('v')).start()", _is(Phase.RUNNING)),
@@ -247,6 +271,7 @@ CASES: dict[str, Case] = {
     "cut": Case(no_snapshots, "await (await host.get('v')).clone('copy')", cut_or_not),
     "suspend": Case(woken, "await (await host.get('v')).suspend()", is_suspended),
     "take": Case(one_waits, "await host.pools.take('v@s', 'taken')", is_taken),
+    "merge": Case(long_chain, MERGE_SHORT_CHAINS, is_short),
     "image": Case(
         no_image, "await host.images.import_file(ImportRequest(path={blank!r}, name='blank', format='raw'))", has_image
     ),

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -16,6 +17,9 @@ from tests.helpers.world import disagreements
 
 import atoll
 from atoll.layout import Layout
+from atoll.operations.merge import merge
+from atoll.operations.services import Services
+from atoll.qemu.plan import layer_chain
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -47,6 +51,15 @@ class History(RuleBasedStateMachine):
         self.layout = Layout(data=self.home / "data", cache=self.home / "cache", run=self.home / "run")
         asyncio.run(adopt_cached("tiny", self.layout))
         self.host = atoll.connect(self.layout).__enter__()
+        # What is done in the background is done by the rule `merge` here.
+        self.patches = [
+            patch("atoll.operations.merge.begin"),
+            patch("atoll.operations.merge.LONGEST", 2),
+            patch("atoll.model.chain.LONGEST", 2),
+            patch("atoll.model.chain.AFTER", 1),
+        ]
+        for each in self.patches:
+            each.start()
         self.host.run("tiny", name="web", memory="96MiB", timeout=120)
         self.heads = {"web": Head(Content(0, None))}
         self.kept: dict[tuple[str, str], tuple[Content, bool]] = {}
@@ -62,6 +75,8 @@ class History(RuleBasedStateMachine):
             assert len(left) == 1, f"only the image's layer stays, not {left}"
             assert not self.layout.memory.exists() or not list(self.layout.memory.iterdir())
         finally:
+            for each in self.patches:
+                each.stop()
             self.host.__exit__(None, None, None)
             leftovers.end_processes_of(self.home)
             shutil.rmtree(self.layout.templates, ignore_errors=True)
@@ -173,6 +188,20 @@ class History(RuleBasedStateMachine):
         if name := self._pick(data, "running"):
             self.host.get(name).suspend()
             self.heads[name].state = "suspended"
+
+    @rule()
+    def merge(self) -> None:
+        async def merged() -> None:
+            services = Services(self.layout)
+            try:
+                await merge(services=services)
+                layers = {layer.id: layer for layer in services.records.layers()}
+                for vm in services.records.vms():
+                    assert all(len(layer_chain(disk.layer, layers)) <= 2 for disk in vm.spec.disks)
+            finally:
+                services.close()
+
+        asyncio.run(merged())
 
     @precondition(lambda self: len(self.heads) > 1)
     @rule(data=st.data())

@@ -21,6 +21,7 @@ LONGEST_LINE = 1 << 16
 # Debian's package for each program that we may run, for the hint in the error.
 PACKAGES = {
     "qemu-img": "qemu-utils",
+    "qemu-storage-daemon": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-riscv64": "qemu-system-misc",

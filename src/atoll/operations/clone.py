@@ -18,7 +18,7 @@ from atoll.model.names import check_vm_name, new_id
 from atoll.model.snapshot import Snapshot
 from atoll.model.spec import VmSpec
 from atoll.model.vm import Vm
-from atoll.operations import capture, resolve, resolve_disks
+from atoll.operations import capture, merge, resolve, resolve_disks
 from atoll.operations.create import CREATE, NewVm
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.restore import find_snapshot
@@ -86,6 +86,7 @@ async def _present(vm: Vm, services: Services, report: Report | None) -> VmSpec:
     """The VM's disks as layers: as they are at this instant."""
     request = CutRequest(vm_id=vm.id, heads=capture.new_heads(services, vm))
     await perform(CUT, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    merge.begin(services, vm.id)
     return services.vm(vm.id).spec
 
 

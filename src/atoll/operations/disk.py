@@ -23,6 +23,7 @@ from atoll.operations.create import IMAGES_LOCK, find_image
 from atoll.operations.descriptors import add_nodes
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
+from atoll.operations.relink import close_nodes, nodes_below
 from atoll.operations.services import Services
 from atoll.qemu import devices
 from atoll.qemu.monitor import Monitor
@@ -198,14 +199,10 @@ async def _detach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
         if later:
             context.notes["later"] = later
             return
-        nodes: list[dict[str, Any]] = await monitor.execute("query-named-block-nodes", {"flat": True})
-        there = {node["node-name"] for node in nodes}
-        layers = {layer.id: layer for layer in context.services.records.layers()}
-        chain = [devices.node_name(disk.name, layer) for layer in reversed(layer_chain(disk.layer, layers))]
-        for name in (devices.head_node(disk), *chain):
-            for node in (name, devices.file_node_name(name)):
-                if node in there:
-                    await monitor.execute("blockdev-del", {"node-name": node})
+        head, layers = devices.head_node(disk), {layer.id: layer for layer in context.services.records.layers()}
+        # A plugging that was broken off has no head yet; a disk whose layers were merged has others than are recorded.
+        recorded = [devices.node_name(disk.name, layer) for layer in reversed(layer_chain(disk.layer, layers))]
+        await close_nodes(monitor, [head, *dict.fromkeys([*await nodes_below(monitor, head), *recorded])])
 
 
 async def _unplug(monitor: Monitor, device: str) -> str:

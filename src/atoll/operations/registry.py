@@ -8,6 +8,7 @@ from atoll.operations import (
     create,
     disk,
     images,
+    merge,
     pool,
     ports,
     power,
@@ -43,5 +44,6 @@ VERBS: dict[str, Verb[Any]] = {
         clone.CUT,
         suspend.SUSPEND,
         pool.TAKE,
+        merge.MERGE,
     )
 }

@@ -26,7 +26,7 @@ from atoll.model.names import check_snapshot_name, new_id
 from atoll.model.snapshot import Memory, Snapshot
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
-from atoll.operations import capture, heads, template
+from atoll.operations import capture, heads, merge, template
 from atoll.operations.create import IMAGES_LOCK
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.resolve_disks import without_heads
@@ -82,6 +82,7 @@ async def snapshot(vm: Vm, options: SnapshotOptions, *, services: Services, repo
     taken = services.records.snapshot(request.id)
     if taken is None:
         raise WrongState(f"{vm.name}: the snapshot '{request.name}' is gone", "another command removed it")
+    merge.begin(services, vm.id)
     return taken
 
 

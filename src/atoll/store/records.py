@@ -46,6 +46,9 @@ class Records(Protocol):
         Idempotent. Raises `AlreadyExists` when the snapshot's name is taken, `NotFound` when the VM is gone.
         """
 
+    def put_in_place(self, layer: Layer, *, of: str) -> None:
+        """Record a layer that has the same content as another; what stands on that one stands on it from now on."""
+
     def put_snapshot(self, snapshot: Snapshot, layers: Iterable[Layer] = ()) -> None:
         """Add or replace a snapshot, with layers that are new. Raises `AlreadyExists` when its name is taken."""
 

@@ -136,6 +136,10 @@ class SqliteRecords:
             if snapshot is not None:
                 history.put(db, snapshot)
 
+    def put_in_place(self, layer: Layer, *, of: str) -> None:
+        with self._transaction() as db:
+            history.put_in_place(db, layer, of=of)
+
     def put_snapshot(self, snapshot: Snapshot, layers: Iterable[Layer] = ()) -> None:
         with self._transaction() as db:
             history.put_layers(db, layers)
