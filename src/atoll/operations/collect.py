@@ -59,8 +59,8 @@ def needed(services: Services, *, without: Collection[str] = ()) -> Needed:
         # A full copy reads layers that need not be anybody's any more, and the clone of a VM its UEFI variables.
         found.layers |= set(operation.request.get("copies", {}).values())
         found.blobs |= {blob for blob in (operation.request.get("nvram"),) if blob}
-        # Memory of a fork is written among the templates.
-        found.memory.add(f"{UNFINISHED_MEMORY}{operation.request.get('id')}")
+    # Memory for copies is written among the templates.
+    found.memory |= _being_written(services)
     below = {layer.id: layer.parent for layer in records.layers()}
     found.chains_known = add_those_below(found.layers, below)
     return found
@@ -95,7 +95,7 @@ def collect(
     unneeded = [path for path in there if path.stem not in by_folder[path.parent]]
     if not wanted.chains_known:
         unneeded = [path for path in unneeded if path.parent != layout.layers]
-    kept = _kept_templates(services) | _being_written(wanted) if templates else wanted.memory
+    kept = needed_templates(services) if templates else wanted.memory
     unneeded += [path for path in mapped if path.stem not in kept]
     unneeded += _unfinished_by_nobody(services, unfinished)
     found: dict[str, int] = {}
@@ -108,8 +108,9 @@ def collect(
             services.records.remove_layers({layer.id for layer in services.records.layers()} - wanted.layers)
         for path in unneeded:
             _remove(path)
-        with contextlib.suppress(OSError):
-            layout.templates.rmdir()
+        if not _being_written(services):
+            with contextlib.suppress(OSError):
+                layout.templates.rmdir()
     return list(found.items())
 
 
@@ -121,15 +122,17 @@ def _files_in(folder: Path) -> list[Path]:
     return [path for path in _in(folder) if path.is_file()]
 
 
-def _being_written(wanted: Needed) -> set[str]:
-    return {memory for memory in wanted.memory if memory.startswith(UNFINISHED_MEMORY)}
+def _being_written(services: Services) -> set[str]:
+    ids = [operation.request.get("id") for operation in services.records.operations(unfinished=True)]
+    return {f"{UNFINISHED_MEMORY}{each}" for each in ids if each}
 
 
-def _kept_templates(services: Services) -> set[str]:
-    """Ids of memory that is nowhere else, and of what is just going to be mapped by a copy that is being started."""
+def needed_templates(services: Services) -> set[str]:
+    """Those that can't be made again, for their memory is nowhere else; and those that copies are about to map."""
     records = services.records
     volatile = {node.memory.id for node in records.snapshots() if node.memory and node.memory.volatile}
-    return volatile | {vm.suspended.id for vm in records.vms() if vm.suspended and vm.suspended.shared}
+    starting = {vm.suspended.id for vm in records.vms() if vm.suspended and vm.suspended.shared}
+    return volatile | starting | _being_written(services)
 
 
 def _unfinished_by_nobody(services: Services, there: list[Path]) -> list[Path]:
