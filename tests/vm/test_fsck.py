@@ -105,6 +105,14 @@ async def test_a_busy_home_raises_no_alarm(factory: Factory) -> None:
 
     workers = [asyncio.create_task(work(f"v{number}")) for number in range(3)]
     looks = 0
+    told: list[str] = []
+
+    async def from_outside() -> None:
+        while not stop.is_set():
+            ended = await asyncio.to_thread(atoll, "fsck", "--repair")
+            told.append(f"{ended.out}{ended.err}")
+
+    workers.append(asyncio.create_task(from_outside()))
     deadline = time.monotonic() + 15
     try:
         while time.monotonic() < deadline and not any(worker.done() for worker in workers):
@@ -113,7 +121,7 @@ async def test_a_busy_home_raises_no_alarm(factory: Factory) -> None:
     finally:
         stop.set()
         await asyncio.gather(*workers)
-    assert looks >= 4
+    assert looks >= 4 and set(told) == {"Nothing is wrong.\n"}
     assert await found(factory) == []
     assert await disagreements(factory.layout) == []
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from atoll.platform.api import AsyncHost
 
 _SIGNS = {"error": "ERROR", "warning": "warn", "note": "note"}
+_MOST = 8
+"""Names that are told of those whom something concerns; JSON has all."""
 
 
 @click.command("prune")
@@ -69,7 +71,7 @@ def fsck_command(repair: bool, quick: bool, quiet: bool, format: Format) -> int:
       atoll fsck --repair
     """
     findings = asyncio.run(_look(repair=repair, quick=quick, quiet=quiet))
-    code = int(any(finding.open for finding in findings))
+    code = int(any(finding.remains for finding in findings))
     if format != "table":
         emit(findings, format)
         return code
@@ -104,7 +106,7 @@ def _tell(finding: "Finding") -> None:
     sign = "ok" if finding.repaired else _SIGNS[finding.severity]
     click.echo(f"{sign:6}{printable(finding.thing)}: {printable(finding.detail)}")
     lines = [
-        f"Needed by: {', '.join(finding.affected)}" if finding.affected else "",
+        f"Needed by: {_some(finding.affected)}" if finding.affected else "",
         f"Mended: {finding.repair}." if finding.repaired else "",
         f"`--repair` can: {finding.repair}." if finding.repair and not finding.repaired else "",
         finding.next_step if not finding.repaired else "",
@@ -112,6 +114,11 @@ def _tell(finding: "Finding") -> None:
     for line in lines:
         if line:
             click.echo(f"{'':6}{printable(line)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return f"{', '.join(names[:_MOST])}{more}"
 
 
 def _summary(findings: "Sequence[Finding]") -> str:

@@ -25,6 +25,6 @@ class Finding(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the reader can do."""
 
     @property
-    def open(self) -> bool:
-        """Whether it is an error that remains."""
+    def remains(self) -> bool:
+        """Whether it is an error that is still there."""
         return self.severity == "error" and not self.repaired

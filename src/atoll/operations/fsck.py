@@ -8,6 +8,7 @@
 Without damage no lock is held. A frozen layer is never written; its mode is all that may be changed.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 from msgspec.structs import replace
@@ -27,7 +28,7 @@ _ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 async def fsck(
     *, services: Services, repair: bool = False, quick: bool = False, report: Report | None = None
 ) -> list[Finding]:
-    """What is wrong, the worst first. Raises `Busy`, `StorageFailed`; damaged records are a finding too."""
+    """What is wrong, the worst first. Raises `StorageFailed`; damaged records are a finding too."""
     tell = report or (lambda progress: None)
     try:
         tell(Progress(step="records"))
@@ -59,14 +60,16 @@ def _check_records(services: Services, *, repair: bool, quick: bool) -> list[Fin
     flaws = records.flaws(quick=quick)
     left = flaws
     if repair and any(flaw.repair for flaw in flaws):
-        records.mend()
+        # What can't be mended, for the disk is full or there is more damage, is told as what it is.
+        with contextlib.suppress(RecordsFailed):
+            records.mend()
         left = records.flaws(quick=quick)
     return [
         Finding(
             kind="records",
             thing="records",
             detail=flaw.why,
-            severity="warning" if flaw.repair else "error",
+            severity="warning" if flaw.harmless else "error",
             repair=flaw.repair,
             repaired=flaw not in left,
             next_step="" if flaw.repair else f"Restore {services.layout.database} from a backup.",
@@ -79,13 +82,20 @@ async def _check_files(services: Services, *, repair: bool) -> list[Finding]:
     seen = look(services)
     found: list[Finding] = []
     if any(suspect.vm_id is None for suspect in seen):
-        keys = {suspect.key for suspect in seen}
-        async with services.lease(IMAGES_LOCK, what="the images"):
-            again = [suspect for suspect in look(services) if suspect.vm_id is None and suspect.key in keys]
-            found += await _mended(services, again) if repair else [suspect.finding for suspect in again]
+        found += await _check_shared(services, {suspect.key for suspect in seen}, repair=repair)
     for vm_id in dict.fromkeys(suspect.vm_id for suspect in seen if suspect.vm_id is not None):
         found += await _check_vm(services, vm_id, repair=repair)
     return found
+
+
+async def _check_shared(services: Services, keys: set[tuple[str, str]], *, repair: bool) -> list[Finding]:
+    """Look again at what VMs share, while nobody adds to it or removes of it."""
+    try:
+        async with services.lease(IMAGES_LOCK, what="the images"):
+            again = [suspect for suspect in look(services) if suspect.vm_id is None and suspect.key in keys]
+            return await _mended(services, again) if repair else [suspect.finding for suspect in again]
+    except Busy as error:
+        return [busy("layers and memory", error)]
 
 
 async def _check_vm(services: Services, vm_id: str, *, repair: bool) -> list[Finding]:
@@ -101,7 +111,7 @@ async def _check_vm(services: Services, vm_id: str, *, repair: bool) -> list[Fin
             again = [suspect for suspect in look(services) if suspect.vm_id == vm_id]
             return await _mended(services, again) if repair else [suspect.finding for suspect in again]
     except Busy as error:
-        return [busy(vm.name, error)]
+        return [busy(f"VM {vm.name}", error)]
 
 
 async def _mended(services: Services, suspects: Iterable[Suspect]) -> list[Finding]:

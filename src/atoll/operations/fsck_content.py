@@ -28,11 +28,11 @@ PATIENCE = 10.0
 """Seconds that a VM's lock is waited for; who holds it longer has its VM left out, which is told."""
 
 
-def busy(vm_name: str, error: Busy) -> Finding:
+def busy(thing: str, error: Busy) -> Finding:
     return Finding(
         kind="busy",
-        thing=f"VM {vm_name}",
-        detail=f"its disks weren't checked: {error.why}",
+        thing=thing,
+        detail=f"not checked: {error.why}",
         severity="note",
         next_step="Run `atoll fsck` again when that has ended; `atoll operation ls` shows it.",
     )
@@ -102,7 +102,7 @@ async def _frozen(services: Services, report: Report, *, can_check: bool) -> lis
         path = layout.blob(sha256)
         why, _ = await _content(path, sha256, told)
         if why:
-            found += _told(layout, "blob-damaged", f"file {sha256[:SHORT_ID]}", why, path, needed_by)
+            found += _told(layout, "blob-damaged", f"blob {sha256[:SHORT_ID]}", why, path, needed_by)
     return found
 
 
@@ -165,7 +165,7 @@ async def _head(services: Services, vm: Vm, path: Path, disk: DiskSpec, *, repai
                 return []
             return await _head_now(services, now, path, disk, repair=repair)
     except Busy as error:
-        return [busy(vm.name, error)]
+        return [busy(f"VM {vm.name}", error)]
 
 
 async def _head_now(services: Services, vm: Vm, path: Path, disk: DiskSpec, *, repair: bool) -> list[Finding]:

@@ -21,6 +21,7 @@ from atoll.layout import Layout
 from atoll.model.finding import Finding
 from atoll.model.image import Layer
 from atoll.model.names import SHORT_ID
+from atoll.model.operation import Operation
 from atoll.model.spec import DiskSpec
 from atoll.model.units import format_size
 from atoll.model.vm import Vm
@@ -53,7 +54,8 @@ def look(services: Services) -> list[Suspect]:
     found = [*_records(layout, records), *_layers(layout, records, users), *_blobs(layout, users)]
     found += [*_memory(layout, records, users), *_snapshots(records), *_vms(layout, records)]
     found += [*_folders(folders, records), *_operations(records)]
-    if not records.unreadable and not any(each.finding.severity == "error" for each in found):
+    errors = any(each.finding.severity == "error" for each in found)
+    if not errors and not any(_leaves_things_for_a_moment(each) for each in records.unfinished):
         found += _unneeded(services)
     return found
 
@@ -112,7 +114,7 @@ def _check_layer(source: SourceFile, layer: Layer) -> None:
 
 def _blobs(layout: Layout, users: Users) -> Iterator[Suspect]:
     for sha256, needed_by in sorted(users.blobs.items()):
-        yield from _file("blob", f"file {sha256[:SHORT_ID]}", layout.blob(sha256), needed_by, lambda source: None)
+        yield from _file("blob", f"blob {sha256[:SHORT_ID]}", layout.blob(sha256), needed_by, lambda source: None)
 
 
 def _memory(layout: Layout, records: Readable, users: Users) -> Iterator[Suspect]:
@@ -265,6 +267,11 @@ def _operations(records: Readable) -> Iterator[Suspect]:
                 next_step=f"`atoll operation retry {short}` goes on with it, `… cancel {short}` undoes it.",
             )
         )
+
+
+def _leaves_things_for_a_moment(operation: Operation) -> bool:
+    """Whether it first takes away what needs a file, and then the file itself, as `rm` and `start` do."""
+    return operation.verb != "image" and operation.state != "stuck" and facts.is_alive(operation.owner)
 
 
 def _unneeded(services: Services) -> Iterator[Suspect]:

@@ -89,7 +89,7 @@ def flaws(db: sqlite3.Connection, *, quick: bool) -> list[Flaw]:
         (count,) = db.execute(f"SELECT count(*) FROM {table} WHERE {where}").fetchone()
         if count:
             why = f"{count} rows in '{table}' belong to nothing that is recorded"
-            found.append(Flaw(why=why, repair="remove them: they only keep ports and names taken"))
+            found.append(Flaw(why=why, repair="remove them: they only keep ports and names taken", harmless=True))
     return found
 
 

@@ -42,6 +42,8 @@ class Flaw(Struct, frozen=True, kw_only=True):
     why: str
     repair: str = ""
     """What `mend` does about it; empty when it does nothing."""
+    harmless: bool = False
+    """No record is lost or lies."""
 
 
 class Records(Protocol):
@@ -113,7 +115,7 @@ class Records(Protocol):
         """What is wrong with the records as a whole. `quick` doesn't compare indexes with what they index."""
 
     def mend(self) -> None:
-        """Mend each flaw that can be mended without loss."""
+        """Mend each flaw that can be mended without loss. Raises `RecordsFailed`, and has changed nothing then."""
 
     def operations(self, *, unfinished: bool = False, limit: int = 200) -> list[Operation]:
         """The newest first; `unfinished` are those that run, are being undone, or are stuck."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from atoll.errors import AlreadyExists, NotFound
+from atoll.errors import AlreadyExists, NotFound, RecordsFailed
 from atoll.model.image import Image, Layer
 from atoll.model.operation import Operation
 from atoll.model.snapshot import Snapshot
@@ -206,8 +206,11 @@ class SqliteRecords:
             return examine.flaws(self._db.connection, quick=quick)
 
     def mend(self) -> None:
-        with self._transaction() as db:
-            examine.mend(db)
+        try:
+            with self._transaction() as db:
+                examine.mend(db)
+        except sqlite3.IntegrityError as error:
+            raise RecordsFailed(f"the records in {self._path} can't be mended", str(error)) from error
 
     # The journal
 
