@@ -7,7 +7,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
@@ -89,35 +89,54 @@ async def test_a_healthy_home_where_all_is_used_has_no_findings(factory: Factory
     assert await disagreements(factory.layout) == []
 
 
-async def test_a_busy_home_raises_no_alarm(factory: Factory) -> None:
+async def stopped_life(factory: Factory, name: str) -> None:
+    vm = await factory.create("tiny", name=name, memory="96MiB")
+    await vm.snapshot("first")
+    await vm.clone(f"{name}-clone")
+    await vm.restore("first")
+    await vm.forget("first")
+    await vm.rm()
+    await (await factory.host.get(f"{name}-clone")).rm()
+
+
+async def running_life(factory: Factory, name: str) -> None:
+    vm = await factory.run("tiny", name=name, memory="96MiB")
+    await vm.snapshot("first")
+    forks = await vm.fork(2)
+    await vm.suspend()
+    await vm.resume()
+    await vm.restore("first")
+    await vm.disk_add(DiskRequest(name="more", size="8MiB"))
+    for each in (*forks, vm):
+        await each.rm(force=True)
+
+
+@pytest.mark.parametrize("life", [stopped_life, running_life])
+async def test_a_busy_home_raises_no_alarm(
+    life: Callable[[Factory, str], Coroutine[None, None, None]], factory: Factory
+) -> None:
     await factory.image("tiny")
     stop = asyncio.Event()
-
-    async def work(name: str) -> None:
-        while not stop.is_set():
-            vm = await factory.create("tiny", name=name, memory="96MiB")
-            await vm.snapshot("first")
-            await vm.clone(f"{name}-clone")
-            await vm.restore("first")
-            await vm.forget("first")
-            await vm.rm()
-            await (await factory.host.get(f"{name}-clone")).rm()
-
-    workers = [asyncio.create_task(work(f"v{number}")) for number in range(3)]
-    looks = 0
     told: list[str] = []
 
-    async def from_outside() -> None:
+    async def work(number: int) -> None:
+        while not stop.is_set():
+            await life(factory, f"v{number}")
+
+    async def look_from_outside() -> None:
         while not stop.is_set():
             ended = await asyncio.to_thread(atoll, "fsck", "--repair")
             told.append(f"{ended.out}{ended.err}")
+            await asyncio.to_thread(atoll, "prune")
 
-    workers.append(asyncio.create_task(from_outside()))
+    workers = [asyncio.create_task(work(number)) for number in range(2)] + [asyncio.create_task(look_from_outside())]
+    looks = 0
     deadline = time.monotonic() + 15
     try:
         while time.monotonic() < deadline and not any(worker.done() for worker in workers):
             looks += 1
             assert await found(factory, quick=looks % 4 != 0, repair=looks % 2 == 0) == []
+            await asyncio.sleep(0.02)
     finally:
         stop.set()
         await asyncio.gather(*workers)
