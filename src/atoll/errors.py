@@ -151,7 +151,7 @@ def from_os_error(error: OSError, doing: str) -> StorageFailed:
     import errno
 
     next_step = {
-        errno.ENOSPC: "Free some space (`atoll image prune`), then try again.",
+        errno.ENOSPC: "Free some space (`atoll prune`), then try again.",
         errno.EDQUOT: "Your disk quota is used up: free some space, then try again.",
         errno.EROFS: "The file system is read-only: set ATOLL_HOME to a folder that can be written.",
         errno.EACCES: "Check the owner and the mode of that path, or set ATOLL_HOME to a folder of yours.",

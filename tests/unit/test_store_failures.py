@@ -209,7 +209,7 @@ def test_a_full_disk_is_told_as_one_and_the_connection_goes_on(records: SqliteRe
     big = replace(vm("big", 90), labels={"text": "x" * 100_000})
     with pytest.raises(RecordsFailed, match="the disk is full") as failed:
         records.add_vm(big)
-    assert "image prune" in failed.value.next_step
+    assert "atoll prune" in failed.value.next_step
     assert records.vms() == [WEB]
     db.execute(f"PRAGMA max_page_count = {pages + 1000}")
     records.add_vm(big)

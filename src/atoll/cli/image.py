@@ -260,18 +260,12 @@ def prune(every: bool, dry_run: bool, format: Format) -> None:
       atoll image prune --all
     """
     from atoll.cli.session import perform
+    from atoll.cli.upkeep import print_freed
 
     async def action(host: "AsyncHost") -> list[tuple[str, int]]:
         return await host.images.prune(every=every, dry_run=dry_run)
 
-    removed = perform(action)
-    if format != "table":
-        emit([{"name": name, "bytes": size} for name, size in removed], format)
-        return
-    for name, size in removed:
-        click.echo(f"{name}  {format_size(size)}")
-    total = format_size(sum(size for _, size in removed))
-    click.echo(f"{'Would free' if dry_run else 'Freed'} {total}.")
+    print_freed(perform(action), format, dry_run=dry_run)
 
 
 @image_command.command("catalogue")

@@ -61,6 +61,8 @@ SECTIONS: dict[str, dict[str, str]] = {
         "events": "journal",
         "operation": "journal",
         "doctor": "system",
+        "fsck": "upkeep",
+        "prune": "upkeep",
         "completion": "completion",
         "version": "system",
     },

@@ -29,12 +29,19 @@ def perform(action: Callable[[AsyncHost], Awaitable[R]], *, cancelled: str = UND
 
 
 async def _perform(action: Callable[[AsyncHost], Awaitable[R]], cancelled: str) -> R:
+    with interruptible(cancelled):
+        async with atoll.connect_async() as host:
+            for told in host.notices():
+                note(told)
+            return await action(host)
+
+
+@contextlib.contextmanager
+def interruptible(cancelled: str) -> Iterator[None]:
+    """Let signals cancel what is inside; when it has ended, `Cancelled` tells `cancelled`, as `perform` says."""
     with cancelled_by_signals() as received:
         try:
-            async with atoll.connect_async() as host:
-                for told in host.notices():
-                    note(told)
-                return await action(host)
+            yield
         except asyncio.CancelledError:
             if not received:
                 raise

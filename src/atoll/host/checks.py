@@ -41,7 +41,7 @@ def resources(layout: Layout) -> list[Check]:
 
 
 def _free_disk(layout: Layout) -> Check:
-    remedy = "atoll image prune, or set ATOLL_HOME to a folder on a larger disk"
+    remedy = "atoll prune, or set ATOLL_HOME to a folder on a larger disk"
     try:
         return _enough("Free disk", facts.free_disk(layout.data), WANTED_DISK, remedy=remedy)
     except AtollError as error:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from msgspec import Struct
+
 from atoll.errors import ProcessFailed, from_os_error
 from atoll.host import process
 from atoll.host.facts import free_disk
@@ -68,6 +70,42 @@ async def resize(path: Path, size: int) -> None:
     """Grow a head that no QEMU has open. `size` is the whole new size in bytes. Raises as `create_head` does."""
     # Without what is below it, which may have been merged into another file since the head was made.
     await _qemu_img(["resize", "-q", "--", chain_argument([path]), str(size)], f"grow the disk {path}")
+
+
+class Checked(Struct, frozen=True, kw_only=True):
+    """What qemu-img says of one file's own tables."""
+
+    corruptions: int = 0
+    leaks: int = 0
+    """Clusters that are taken and hold nothing: harmless, but for the room."""
+    why: str = ""
+    """Why it couldn't look, or its last words about what is damaged."""
+
+
+async def check(path: Path, *, mend_leaks: bool = False) -> Checked:
+    """Look whether a qcow2 file, without what is below it, is whole. Raises `MissingTool`.
+
+    With `mend_leaks` the file is written, and nothing of its content is lost; nobody may have it open then.
+    """
+    how = ["-r", "leaks"] if mend_leaks else ["-U"]
+    finished = await process.run(
+        ["qemu-img", "check", "--output=json", *how, chain_argument([path])],
+        env={"LC_ALL": "C"},
+        check=False,
+        # There may be a line for each cluster; with this only the last ones are kept.
+        on_line=lambda line: None,
+    )
+    last = finished.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    try:
+        said = json.loads(finished.stdout)
+    except ValueError:
+        return Checked(corruptions=1, why=last[0].replace(chain_argument([path]), path.name) if last else "")
+    left = 0 if mend_leaks else int(said.get("leaks", 0))
+    return Checked(
+        corruptions=int(said.get("corruptions", 0)) + int(said.get("check-errors", 0)),
+        leaks=left,
+        why=last[0] if last else "",
+    )
 
 
 async def _qemu_img(words: list[str | Path], doing: str) -> None:

@@ -49,7 +49,7 @@ def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack) -> Iterator[tuple[s
             raise StorageFailed(
                 f"{file.path} is not there",
                 f"it is needed as '{file.name}'",
-                "Run `atoll doctor`, or restore that file.",
+                "`atoll fsck` tells what else needs it, and what can be done.",
             ) from error
         except OSError as error:
             raise from_os_error(error, f"open {file.path}") from error

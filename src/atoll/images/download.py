@@ -65,6 +65,13 @@ class Validators(msgspec.Struct, frozen=True, kw_only=True):
         return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
 
 
+def is_complete(path: Path) -> bool:
+    """Whether the part at `path` is the whole file, as far as the server told its size."""
+    part = _Part(path)
+    part.load()
+    return part.complete
+
+
 class _TryAgain(Exception):
     """An attempt that failed, but the next one may not. `pause`: the server asked to wait so many seconds."""
 

@@ -26,6 +26,7 @@ from atoll.model.spec import Arch
 from atoll.operations.collect import collect, needs
 from atoll.operations.create import IMAGES_LOCK, find_image
 from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.prune import remove_images, unused_images
 from atoll.operations.services import Report, Services
 
 
@@ -206,12 +207,9 @@ async def remove(reference: str, *, services: Services, force: bool = False) -> 
 async def prune(*, services: Services, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
     """Remove what nothing needs; with `every` also images that no VM came from. Returns names and bytes freed."""
     async with services.lease(IMAGES_LOCK, what="the images"):
-        removed: list[tuple[str, int]] = []
         unused: list[Image] = []
         if every:
             specs = [spec for vm in services.records.vms() for spec in (vm.spec, vm.pending) if spec]
-            unused = [image for image in services.records.images() if not any(needs(spec, image) for spec in specs)]
-            removed += [(f"image {image.name}", 0) for image in unused]
-            for image in unused if not dry_run else []:
-                services.records.remove_image(image.id)
+            unused = unused_images(services, specs)
+        removed = remove_images(services, unused, dry_run=dry_run)
         return removed + collect(services, dry_run=dry_run, without={image.id for image in unused})

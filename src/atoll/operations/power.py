@@ -88,7 +88,7 @@ async def go_on(services: Services, vm: Vm) -> None:
     raise StorageFailed(
         f"{vm.name}: it can't go on",
         "this computer's disk is full, and what it writes waits for room",
-        f"Free some space (`atoll image prune`), then `atoll resume {vm.name}`.",
+        f"Free some space (`atoll prune`), then `atoll resume {vm.name}`.",
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AlreadyExists, InvalidInput, Unsupported, WrongState
+from atoll.errors import AlreadyExists, InvalidInput, StorageFailed, Unsupported, WrongState
 from atoll.host import files
 from atoll.model.names import check_snapshot_name, new_id
 from atoll.model.snapshot import Memory, Snapshot
@@ -132,7 +132,10 @@ def _variables(context: Context[SnapshotRequest]) -> Path:
 
 
 async def _cut(context: Context[SnapshotRequest]) -> None:
-    request = context.request
+    request, layout = context.request, context.services.layout
+    # Another command may have removed the folder since it was chosen, because it was empty.
+    if request.volatile and template.folder(layout, 0) is None:
+        raise StorageFailed(f"{context.vm.name}: {layout.templates} can't be used", next_step="Try again.")
     wanted = capture.Cut(
         heads=request.heads, memory=_memory(context) if request.memory else None, nvram=_variables(context)
     )

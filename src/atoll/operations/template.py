@@ -3,12 +3,11 @@
 The file of a snapshot's memory serves as it is, since every page of RAM has its own place in it; beside it lies a copy
 of the stream without RAM, a few hundred kB, which is all that each machine has to load. Both are in a file system in
 memory when there is room: a machine can be snapshotted while it runs only if its RAM is anonymous or from there
-(userfaultfd(2)). Templates are made again when they aren't there, so they can be dropped at any time: who runs keeps
-what it has mapped.
+(userfaultfd(2)). Templates are made again when they aren't there, so they can be dropped, but for memory that is
+nowhere else (`volatile`): who runs keeps what it has mapped.
 """
 
 import asyncio
-import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from atoll.layout import Layout
 from atoll.model.names import new_id
 from atoll.model.snapshot import Memory
 from atoll.operations.boot import Incoming
+from atoll.operations.collect import needed_templates
 from atoll.operations.create import IMAGES_LOCK
 from atoll.operations.services import Services
 from atoll.qemu import mapped_ram
@@ -71,7 +71,7 @@ async def _in_memory(services: Services, memory: Memory, path: Path) -> Path:
     async with services.lease(IMAGES_LOCK, what="the images"):
         where = folder(services.layout, memory.file_size)
         if where is None:
-            drop(services.layout, but=memory.id)
+            drop(services)
             where = folder(services.layout, memory.file_size)
         if where is None:
             return path
@@ -86,13 +86,12 @@ async def _in_memory(services: Services, memory: Memory, path: Path) -> Path:
     return copy
 
 
-def drop(layout: Layout, *, but: str = "") -> None:
-    """Remove the templates. What runs keeps its memory."""
-    for path in layout.templates.glob("*") if layout.templates.is_dir() else ():
-        if path.stem != but:
+def drop(services: Services) -> None:
+    """Remove the templates that nobody is about to need. What runs keeps its memory."""
+    needed = needed_templates(services)
+    for path in services.layout.templates.glob("*") if services.layout.templates.is_dir() else ():
+        if path.stem not in needed:
             path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        layout.templates.rmdir()
 
 
 def _offset(path: Path) -> int:

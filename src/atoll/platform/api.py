@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from atoll.model.finding import Finding
 from atoll.model.image import Image
 from atoll.model.operation import Operation, Progress
 from atoll.model.requests import BuildRequest, CreateRequest, DiskRequest, ImportRequest, PullRequest, SetRequest
@@ -251,6 +252,19 @@ class AsyncHost(Protocol):
         self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None
     ) -> AsyncCopies:
         """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
+
+    async def prune(self, *, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
+        """Remove what nothing needs: layers, files, memory, unfinished folders, and what can be made again.
+
+        With `every` also images that no VM or snapshot came from, and downloads that are whole. Returns what was (or
+        would be) removed, with the bytes that it frees.
+        """
+
+    async def fsck(self, *, repair: bool = False, quick: bool = False, report: Report | None = None) -> list[Finding]:
+        """What is wrong with layers, files and records, the worst first. Disks of running VMs aren't read.
+
+        `repair` mends what can be mended without loss. `quick` reads no content.
+        """
 
     def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         """What happened, and with `follow` what happens; `after` is the last event that is known already."""

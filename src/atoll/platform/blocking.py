@@ -311,6 +311,8 @@ class Host(_Handle[AsyncHost]):
         return False
 
     ls = _blocking(AsyncHost.ls)
+    prune = _blocking(AsyncHost.prune)
+    fsck = _blocking(AsyncHost.fsck)
     events = _plain_iterator(AsyncHost.events)
 
     def get(self, reference: str) -> Vm:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 from msgspec.structs import replace
 
 from atoll.layout import Layout
+from atoll.model.finding import Finding
 from atoll.model.requests import CreateRequest
 from atoll.model.vm import Event, VmInfo
 from atoll.operations.services import Services
@@ -159,6 +160,16 @@ class LocalHost:
 
         async for event in follow_events(self._services, after=last):
             yield event
+
+    async def prune(self, *, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
+        from atoll.operations.prune import prune
+
+        return await prune(services=self._services, every=every, dry_run=dry_run)
+
+    async def fsck(self, *, repair: bool = False, quick: bool = False, report: Report | None = None) -> list[Finding]:
+        from atoll.operations.fsck import fsck
+
+        return await fsck(services=self._services, repair=repair, quick=quick, report=report)
 
     async def doctor(self) -> "list[Check]":
         """Each check of this computer, with the command that mends it."""

@@ -42,7 +42,7 @@ def _explained(path: Path, error: sqlite3.DatabaseError) -> tuple[str, str]:
     """Why, and what to do next."""
     name = getattr(error, "sqlite_errorname", "")
     if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and free_disk(path.parent) < LOW):
-        return "the disk is full", "Free some space (`atoll image prune`), then try again."
+        return "the disk is full", "Free some space (`atoll prune`), then try again."
     if os.path.isdir(path):  # noqa: PTH112  # unlike `Path.is_dir`, it doesn't raise where we may not look
         return "it is a folder", "Move it away, or set ATOLL_HOME."
     if name.startswith("SQLITE_IOERR"):

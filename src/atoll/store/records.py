@@ -7,10 +7,43 @@ milliseconds at most, so they are called from coroutines as they are.
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from msgspec import Struct
+
 from atoll.model.image import Image, Layer
 from atoll.model.operation import Operation
 from atoll.model.snapshot import Snapshot
 from atoll.model.vm import Event, Vm
+
+
+class Unreadable(Struct, frozen=True, kw_only=True):
+    """A record that can't be decoded."""
+
+    thing: str
+    """`VM web`, `layer 0123456789ab` …"""
+    why: str
+
+
+class Readable(Struct, frozen=True, kw_only=True):
+    """The records as far as they can be read."""
+
+    vms: list[Vm]
+    snapshots: list[Snapshot]
+    images: list[Image]
+    layers: list[Layer]
+    unfinished: list[Operation]
+    unreadable: list[Unreadable]
+    vm_ids: frozenset[str]
+    """Also of the VMs whose records can't be decoded."""
+
+
+class Flaw(Struct, frozen=True, kw_only=True):
+    """Something wrong with the records as a whole."""
+
+    why: str
+    repair: str = ""
+    """What `mend` does about it; empty when it does nothing."""
+    harmless: bool = False
+    """No record is lost or lies."""
 
 
 class Records(Protocol):
@@ -73,7 +106,19 @@ class Records(Protocol):
 
     def layer(self, layer_id: str) -> Layer | None: ...
 
+    def note_sha256(self, layer_id: str, sha256: str) -> None:
+        """What the layer's file has, now that somebody has read all of it. Nothing happens if the layer is gone."""
+
     def remove_layers(self, layer_ids: Iterable[str]) -> None: ...
+
+    def readable(self) -> Readable:
+        """All that can be read, as it was at one instant, and which records can't."""
+
+    def flaws(self, *, quick: bool) -> list[Flaw]:
+        """What is wrong with the records as a whole. `quick` doesn't compare indexes with what they index."""
+
+    def mend(self) -> None:
+        """Mend each flaw that can be mended without loss. Raises `RecordsFailed`, and has changed nothing then."""
 
     def operations(self, *, unfinished: bool = False, limit: int = 200) -> list[Operation]:
         """The newest first; `unfinished` are those that run, are being undone, or are stuck."""

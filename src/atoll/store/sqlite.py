@@ -13,14 +13,15 @@ from typing import Any
 
 import msgspec
 
-from atoll.errors import AlreadyExists, NotFound
+from atoll.errors import AlreadyExists, NotFound, RecordsFailed
 from atoll.model.image import Image, Layer
 from atoll.model.operation import Operation
 from atoll.model.snapshot import Snapshot
 from atoll.model.vm import Event, Vm
-from atoll.store import history
+from atoll.store import examine, history, image_names
 from atoll.store.database import Database
 from atoll.store.failures import told
+from atoll.store.records import Flaw, Readable
 
 KEPT_OPERATIONS = 2000
 KEPT_EVENTS = 20000
@@ -164,7 +165,7 @@ class SqliteRecords:
         with self._transaction() as db:
             history.put_layers(db, layers)
             db.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?)", (image.id, image.created_at, _encode(image)))
-            self._take_names(db, image, [image.name, *image.tags])
+            image_names.take(db, image, [image.name, *image.tags])
 
     def put_image_names(self, image_id: str, names: Iterable[str]) -> Image:
         with self._transaction() as db:
@@ -174,23 +175,8 @@ class SqliteRecords:
             first, *others = names
             image = msgspec.structs.replace(_image.decode(row[0]), name=first, tags=tuple(others))
             db.execute("UPDATE images SET record = ? WHERE id = ?", (_encode(image), image_id))
-            self._take_names(db, image, [first, *others])
+            image_names.take(db, image, [first, *others])
             return image
-
-    @staticmethod
-    def _take_names(db: sqlite3.Connection, image: Image, names: list[str]) -> None:
-        """Point the names at this image; one that loses its last name is shown by its id."""
-        marks = ",".join("?" * len(names))
-        losers = db.execute(
-            f"SELECT DISTINCT image_id FROM image_names WHERE name IN ({marks}) AND image_id != ?", (*names, image.id)
-        ).fetchall()
-        for (loser_id,) in losers:
-            loser = _image.decode(db.execute("SELECT record FROM images WHERE id = ?", (loser_id,)).fetchone()[0])
-            first, *others = [name for name in (loser.name, *loser.tags) if name not in names] or [loser.short_id]
-            loser = msgspec.structs.replace(loser, name=first, tags=tuple(others))
-            db.execute("UPDATE images SET record = ? WHERE id = ?", (_encode(loser), loser_id))
-        db.execute("DELETE FROM image_names WHERE image_id = ?", (image.id,))
-        db.executemany("INSERT OR REPLACE INTO image_names VALUES (?, ?)", [(name, image.id) for name in names])
 
     def remove_image(self, image_id: str) -> None:
         with self._transaction() as db:
@@ -205,9 +191,30 @@ class SqliteRecords:
             rows = self._rows("SELECT record FROM layers WHERE id = ?", layer_id)
             return _layer.decode(rows[0][0]) if rows else None
 
+    def note_sha256(self, layer_id: str, sha256: str) -> None:
+        with self._transaction() as db:
+            history.note_sha256(db, layer_id, sha256)
+
     def remove_layers(self, layer_ids: Iterable[str]) -> None:
         with self._transaction() as db:
             db.executemany("DELETE FROM layers WHERE id = ?", [(layer_id,) for layer_id in layer_ids])
+
+    # For fsck
+
+    def readable(self) -> Readable:
+        with told(self._path):
+            return examine.readable(self._db.connection)
+
+    def flaws(self, *, quick: bool) -> list[Flaw]:
+        with told(self._path):
+            return examine.flaws(self._db.connection, quick=quick)
+
+    def mend(self) -> None:
+        try:
+            with self._transaction() as db:
+                examine.mend(db)
+        except sqlite3.IntegrityError as error:
+            raise RecordsFailed(f"the records in {self._path} can't be mended", str(error)) from error
 
     # The journal
 
