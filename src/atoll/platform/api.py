@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from atoll.model.difference import Difference
 from atoll.model.image import Image
 from atoll.model.operation import Operation, Progress
 from atoll.model.requests import BuildRequest, CreateRequest, DiskRequest, ImportRequest, PullRequest, SetRequest
@@ -152,6 +153,9 @@ class AsyncVm(Protocol):
     async def forget(self, snapshot: str) -> None:
         """Take a snapshot out of the history. What stands on it keeps its data."""
 
+    async def diff(self, snapshot: str, *, report: Report | None = None) -> Difference:
+        """What it has otherwise now than in one of its snapshots: settings, files, blocks."""
+
     async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> "AsyncCopies":
         """Running copies of this instant, their memory shared until it is written; this one runs on.
 
@@ -251,6 +255,9 @@ class AsyncHost(Protocol):
         self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None
     ) -> AsyncCopies:
         """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
+
+    async def diff(self, old: str, new: str, *, report: Report | None = None) -> Difference:
+        """What differs between two VMs (`web`) or snapshots (`web@clean`, or its id): settings, files, blocks."""
 
     def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         """What happened, and with `follow` what happens; `after` is the last event that is known already."""

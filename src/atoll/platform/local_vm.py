@@ -7,6 +7,7 @@ from typing import Literal
 
 from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
+from atoll.model.difference import Difference
 from atoll.model.requests import DiskRequest, SetRequest
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, PortSpec
@@ -276,6 +277,12 @@ class LocalVm:
 
         vm = self._record()
         await forget(vm, find_snapshot(self._services, vm, snapshot), services=self._services)
+
+    async def diff(self, snapshot: str, *, report: Report | None = None) -> Difference:
+        from atoll.operations.diff import diff
+
+        name = self._record().name
+        return await diff(f"{name}@{snapshot}", name, services=self._services, report=report)
 
     async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> AsyncCopies:
         from atoll.operations.fork import fork
