@@ -71,10 +71,11 @@ class ExtFiles:
         self._descriptor_size = size_of_descriptor if self._wide else 32
         if struct.unpack_from("<I", head, 76)[0] == 0:
             self._inode_size = 128
-        # 1 to 64 KiB; an inode fits into a block.
-        if log_size > 6 or not 128 <= self._inode_size <= 1024 << log_size or self._inodes_of_group == 0:
+        # Blocks of 1 to 64 KiB, in which neither inodes nor descriptors cross a border.
+        allowed = [1 << each for each in range(7, 11 + min(log_size, 6))]
+        if log_size > 6 or self._inodes_of_group == 0 or self._inode_size not in allowed:
             raise ValueError("the head of its file system can't be true")
-        if self._wide and size_of_descriptor < 64:
+        if self._wide and size_of_descriptor not in (64, *allowed):
             raise ValueError("the head of its file system can't be true")
         self.block_size: int = 1024 << log_size
         self._has_journal = bool(compat & _COMPAT_JOURNAL)
@@ -199,8 +200,8 @@ class ExtFiles:
             raise ValueError("it has content that is kept in inodes")
         if inode.flags & _FLAG_EXTENTS:
             expected = 0
-            for logical, physical, count, written in self._extents(inode.block, _DEEPEST):
-                if logical < expected:
+            for logical, physical, count, written in self._extents(inode.block, inode.block, _DEEPEST):
+                if logical < expected or count == 0:
                     raise ValueError("a file of it is damaged, or just being written")
                 yield from (None for _ in range(logical - expected))
                 yield from (physical + each if written else None for each in range(count))
@@ -211,14 +212,16 @@ class ExtFiles:
         for depth, number in enumerate(pointers[_DIRECT:], start=1):
             yield from self._indirect(number, depth)
 
-    def _extents(self, node: bytes, depth_left: int) -> Iterator[tuple[int, int, int, bool]]:
+    def _extents(self, node: bytes, root: bytes, depth_left: int) -> Iterator[tuple[int, int, int, bool]]:
         magic, entries, _, depth = struct.unpack_from("<HHHH", node)
-        if magic != _EXTENT_MAGIC or depth > depth_left or 12 + entries * 12 > len(node):
+        # Only an empty file has an empty node. So each step leads on, and there is an end.
+        empty = entries == 0 and node is not root
+        if magic != _EXTENT_MAGIC or depth > depth_left or 12 + entries * 12 > len(node) or empty:
             raise ValueError("a file of it is damaged, or just being written")
         for at in range(12, 12 + entries * 12, 12):
             if depth:
                 _, low, high = struct.unpack_from("<IIH", node, at)
-                yield from self._extents(self._block(low | high << 32), depth - 1)
+                yield from self._extents(self._block(low | high << 32), root, depth - 1)
                 continue
             logical, count, high, low = struct.unpack_from("<IHHI", node, at)
             written = count <= _LONGEST_WRITTEN
