@@ -1,13 +1,13 @@
 """`snapshot`, `history`, `restore`, `forget` and `clone`: a machine treated like a commit."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from atoll.cli.failures import Format
 from atoll.cli.options import VM
-from atoll.cli.output import age, emit, format_option, print_table
+from atoll.cli.output import age, emit, format_option, format_option_with, print_table
 from atoll.model.units import format_size
 
 if TYPE_CHECKING:
@@ -55,21 +55,28 @@ def snapshot_command(
 
 @click.command("history")
 @click.argument("vm", type=VM)
-@format_option
-def history_command(vm: str, format: Format) -> None:
+@format_option_with("dot")
+def history_command(vm: str, format: Literal["table", "json", "yaml", "dot"]) -> None:
     """Draw a VM's snapshots as a tree, with what each takes and which VMs stand on it.
 
     \b
     Examples:
       atoll history web
       atoll history web --format json
+      atoll history web --format dot | dot -Tsvg > web.svg
     """
     from atoll.cli.session import perform
 
-    async def action(host: "AsyncHost") -> "list[HistoryNode]":
-        return await (await host.get(vm)).history()
+    async def action(host: "AsyncHost") -> "tuple[str, list[HistoryNode]]":
+        found = await host.get(vm)
+        return found.name, await found.history()
 
-    nodes = perform(action, cancelled="")
+    name, nodes = perform(action, cancelled="")
+    if format == "dot":
+        from atoll.cli.graph import dot
+
+        click.echo("\n".join(dot(name, nodes)))
+        return
     if format != "table":
         emit(nodes, format)
         return
