@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from atoll.cli.failures import Format, note, printable
-from atoll.cli.options import VM
+from atoll.cli.options import VM_OR_SNAPSHOT
 from atoll.cli.output import emit, format_option
 from atoll.model.units import format_size
 
@@ -20,8 +20,8 @@ _LETTERS = {"added": "A", "modified": "M", "removed": "D"}
 
 
 @click.command("diff")
-@click.argument("old", metavar="VM|VM@SNAPSHOT", type=VM)
-@click.argument("new", metavar="VM|VM@SNAPSHOT", type=VM)
+@click.argument("old", metavar="VM|VM@SNAPSHOT", type=VM_OR_SNAPSHOT)
+@click.argument("new", metavar="VM|VM@SNAPSHOT", type=VM_OR_SNAPSHOT)
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @format_option
 def diff_command(old: str, new: str, quiet: bool, format: Format) -> None:

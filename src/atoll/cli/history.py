@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from atoll.cli.failures import Format
-from atoll.cli.options import VM
+from atoll.cli.options import SNAPSHOT, VM, VM_OR_SNAPSHOT
 from atoll.cli.output import age, emit, format_option, format_option_with, print_table
 from atoll.model.units import format_size
 
@@ -117,7 +117,7 @@ def tree(nodes: "Sequence[HistoryNode]") -> "Iterable[tuple[str, HistoryNode]]":
 
 @click.command("restore")
 @click.argument("vm", type=VM)
-@click.argument("snapshot")
+@click.argument("snapshot", type=SNAPSHOT)
 @click.option("--keep", is_flag=True, help="Take a snapshot of the present first.")
 @click.option("--disk-only", is_flag=True, help="Leave its memory; a VM that runs is booted.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
@@ -144,7 +144,7 @@ def restore_command(vm: str, snapshot: str, keep: bool, disk_only: bool, quiet: 
 
 @click.command("forget")
 @click.argument("vm", type=VM)
-@click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True)
+@click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True, type=SNAPSHOT)
 def forget_command(vm: str, snapshots: tuple[str, ...]) -> None:
     """Take snapshots out of a VM's history. What stands on them keeps its data; what nothing needs is removed.
 
@@ -163,7 +163,7 @@ def forget_command(vm: str, snapshots: tuple[str, ...]) -> None:
 
 
 @click.command("clone")
-@click.argument("source", metavar="VM|VM@SNAPSHOT", type=VM)
+@click.argument("source", metavar="VM|VM@SNAPSHOT", type=VM_OR_SNAPSHOT)
 @click.argument("name", required=False)
 @click.option("--full", is_flag=True, help="Copy the disks whole, so that it shares nothing.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
