@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
 from atoll.cli.main import ALIASES, SECTIONS, cli
 from atoll.model.names import new_id
 from atoll.model.operation import Operation, Owner
-from atoll.model.snapshot import Snapshot
+from atoll.model.snapshot import Memory, Snapshot
 from atoll.model.spec import NicSpec, PortSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations.services import Services
@@ -175,7 +177,39 @@ def test_one_of_several_vms_that_fails_does_not_keep_the_others_from_it(run: Run
 
 def test_rm_lists_in_json_what_it_removed(run: Run, services: Services) -> None:
     web = add_vm(services, "web")
-    assert json.loads(run("rm", "web", "--format", "json").stdout) == [{"id": web.id, "name": "web"}]
+    assert json.loads(run("rm", "web", "--format", "json").stdout) == [{"id": web.id, "name": "web", "snapshots": 0}]
+
+
+def test_rm_tells_how_many_snapshots_went_with_each(run: Run, services: Services) -> None:
+    web, db = add_vm(services, "web"), add_vm(services, "db")
+    add_vm(services, "bare")
+    for vm, name in ((web, "one"), (web, "two"), (db, "one")):
+        add_snapshot(services, vm, name)
+    result = run("rm", "web", "bare")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "Note: 2 snapshots of 'web' went with it.\n"
+    assert [node.vm_name for node in services.records.snapshots()] == ["db"]
+    result = run("rm", "db", "--format", "json")
+    assert json.loads(result.stdout) == [{"id": db.id, "name": "db", "snapshots": 1}]
+    assert result.stderr == ""
+    assert "snapshots" in run("rm", "--help").stdout
+
+
+def test_show_tells_the_snapshot_a_vm_stands_on_and_whether_it_is_suspended(run: Run, services: Services) -> None:
+    web = add_vm(services, "web")
+    assert re.search(r"^Snapshot: +none$", run("show", "web").stdout, re.M)
+    assert re.search(r"^Suspended: +no$", run("show", "web").stdout, re.M)
+    assert json.loads(run("show", "web", "--format", "json").stdout)["stands_on"] is None
+    node = add_snapshot(services, web, "clean")
+    services.records.put_vm(replace(web, name="front", snapshot=node.id))
+    memory = Memory(id=new_id(), file_size=3 << 20, accelerator="tcg")
+    add_vm(services, "copy", snapshot=node.id, suspended=memory)
+    add_vm(services, "lost", snapshot=new_id())
+    assert re.search(r"^Snapshot: +clean$", run("show", "front").stdout, re.M)
+    assert json.loads(run("show", "front", "--format", "json").stdout)["stands_on"] == "clean"
+    assert re.search(r"^Snapshot: +front@clean$", run("show", "copy").stdout, re.M)
+    assert re.search(r"^Suspended: +yes, 3MiB of memory; `atoll resume copy`", run("show", "copy").stdout, re.M)
+    assert re.search(r"^Snapshot: +one that is forgotten$", run("show", "lost").stdout, re.M)
 
 
 def test_rename_and_labels_change_the_record(run: Run, services: Services) -> None:

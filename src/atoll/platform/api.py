@@ -61,7 +61,9 @@ class AsyncVm(Protocol):
     async def suspend(self, *, report: Report | None = None) -> None:
         """Write its memory to the disk and end its process; `resume` and `start` go on from there."""
 
-    async def rm(self, *, force: bool = False) -> None: ...
+    async def rm(self, *, force: bool = False) -> int:
+        """Remove it with its disks and snapshots; a running one only with `force`. Returns how many snapshots went."""
+
     async def rename(self, name: str) -> None: ...
     async def set(self, request: SetRequest) -> list[Change]: ...
 

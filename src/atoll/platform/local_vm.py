@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from msgspec.structs import replace
+
 from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
 from atoll.model.difference import Difference
@@ -64,7 +66,9 @@ class LocalVm:
     async def info(self) -> VmInfo:
         from atoll.operations import observe
 
-        return observe.observe_one(self._services, self._record())
+        vm = self._record()
+        stands_on = observe.place_of(self._services, vm)
+        return replace(observe.observe_one(self._services, vm), stands_on=stands_on)
 
     async def start(self, *, wait: bool = False, timeout: float | None = None) -> None:
         from atoll.operations.start import start
@@ -109,10 +113,10 @@ class LocalVm:
             return
         await resume(self._record(), services=self._services)
 
-    async def rm(self, *, force: bool = False) -> None:
+    async def rm(self, *, force: bool = False) -> int:
         from atoll.operations.remove import remove
 
-        await remove(self._record(), services=self._services, force=force)
+        return await remove(self._record(), services=self._services, force=force)
 
     async def rename(self, name: str) -> None:
         from atoll.operations.rename import rename
