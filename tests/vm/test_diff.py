@@ -86,6 +86,22 @@ async def test_a_running_guests_snapshots_differ_by_just_the_files_it_changed(fa
     assert await disagreements(factory.layout) == []
 
 
+async def test_what_a_guest_has_made_safe_is_seen_though_only_the_journal_has_it(factory: Factory) -> None:
+    vm = await prepared(factory)
+    await vm.snapshot("one", disk_only=True)
+    # fsync writes the content and the journal; the file system's own blocks follow half a minute later.
+    await vm.sh("rm /root/gone; mkdir /root/deep; echo safe | dd of=/root/deep/safe conv=fsync 2>/dev/null")
+    await vm.snapshot("two", disk_only=True)
+    found = await factory.host.diff("v@one", "v@two")
+    assert files(found) == {"/root/deep": "added", "/root/deep/safe": "added", "/root/gone": "removed"}
+    safe = next(file for file in of_disk(found, "root").file_systems[0].files if file.path.endswith("safe"))
+    assert safe.new_size == 5
+    # In place now, and the same.
+    await vm.sh("sync")
+    assert files(await vm.diff("one")) == files(found)
+    assert files(await vm.diff("two")) == {}
+
+
 async def test_disks_without_a_file_system_differ_by_blocks_and_settings_by_name(factory: Factory) -> None:
     vm = await prepared(factory)
     await vm.stop()

@@ -1,6 +1,7 @@
 """Reads the files of an ext2, ext3 or ext4 file system: without root, and without mounting it.
 
-The layout is that of Documentation/filesystems/ext4 in Linux. What the journal holds and the file system doesn't yet is
+Not by debugfs: that wants a raw copy of the whole disk, takes a command for each folder, and prints for people. The
+layout is that of Documentation/filesystems/ext4 in Linux. What the journal holds and the file system doesn't yet is
 read from the journal, as a mount would have it. A file system with a feature that isn't known is refused, and one that
 is damaged, or being written, ends in `ValueError` and never in an endless loop.
 """
