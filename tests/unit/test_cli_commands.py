@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,10 +14,12 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
 from atoll.cli.main import ALIASES, SECTIONS, cli
 from atoll.model.names import new_id
 from atoll.model.operation import Operation, Owner
+from atoll.model.snapshot import Memory, Snapshot
 from atoll.model.spec import NicSpec, PortSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations.services import Services
@@ -46,6 +50,14 @@ def add_vm(services: Services, name: str, *, port: int | None = None, **fields: 
     vm = Vm(id=new_id(), name=name, image="tiny:latest", created_at=time.time(), spec=VmSpec(nics=(nic,)), **fields)  # type: ignore[arg-type]
     services.records.add_vm(vm)
     return vm
+
+
+def add_snapshot(services: Services, vm: Vm, name: str) -> Snapshot:
+    node = Snapshot(
+        id=new_id(), name=name, vm_id=vm.id, vm_name=vm.name, image=vm.image, created_at=time.time(), spec=vm.spec
+    )
+    services.records.put_snapshot(node)
+    return node
 
 
 def every_command() -> list[tuple[str, click.Command]]:
@@ -165,7 +177,39 @@ def test_one_of_several_vms_that_fails_does_not_keep_the_others_from_it(run: Run
 
 def test_rm_lists_in_json_what_it_removed(run: Run, services: Services) -> None:
     web = add_vm(services, "web")
-    assert json.loads(run("rm", "web", "--format", "json").stdout) == [{"id": web.id, "name": "web"}]
+    assert json.loads(run("rm", "web", "--format", "json").stdout) == [{"id": web.id, "name": "web", "snapshots": 0}]
+
+
+def test_rm_tells_how_many_snapshots_went_with_each(run: Run, services: Services) -> None:
+    web, db = add_vm(services, "web"), add_vm(services, "db")
+    add_vm(services, "bare")
+    for vm, name in ((web, "one"), (web, "two"), (db, "one")):
+        add_snapshot(services, vm, name)
+    result = run("rm", "web", "bare")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "Note: 2 snapshots of 'web' went with it.\n"
+    assert [node.vm_name for node in services.records.snapshots()] == ["db"]
+    result = run("rm", "db", "--format", "json")
+    assert json.loads(result.stdout) == [{"id": db.id, "name": "db", "snapshots": 1}]
+    assert result.stderr == ""
+    assert "snapshots" in run("rm", "--help").stdout
+
+
+def test_show_tells_the_snapshot_a_vm_stands_on_and_whether_it_is_suspended(run: Run, services: Services) -> None:
+    web = add_vm(services, "web")
+    assert re.search(r"^Snapshot: +none$", run("show", "web").stdout, re.M)
+    assert re.search(r"^Suspended: +no$", run("show", "web").stdout, re.M)
+    assert json.loads(run("show", "web", "--format", "json").stdout)["stands_on"] is None
+    node = add_snapshot(services, web, "clean")
+    services.records.put_vm(replace(web, name="front", snapshot=node.id))
+    memory = Memory(id=new_id(), file_size=3 << 20, accelerator="tcg")
+    add_vm(services, "copy", snapshot=node.id, suspended=memory)
+    add_vm(services, "lost", snapshot=new_id())
+    assert re.search(r"^Snapshot: +clean$", run("show", "front").stdout, re.M)
+    assert json.loads(run("show", "front", "--format", "json").stdout)["stands_on"] == "clean"
+    assert re.search(r"^Snapshot: +front@clean$", run("show", "copy").stdout, re.M)
+    assert re.search(r"^Suspended: +yes, 3MiB of memory; `atoll resume copy`", run("show", "copy").stdout, re.M)
+    assert re.search(r"^Snapshot: +one that is forgotten$", run("show", "lost").stdout, re.M)
 
 
 def test_rename_and_labels_change_the_record(run: Run, services: Services) -> None:
@@ -265,17 +309,60 @@ def atoll(*words: str, **options: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([*ATOLL, *words], capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload, no-any-return]
 
 
+def completed(line: str) -> list[str]:
+    """What the shell is offered for the last word."""
+    env = {**os.environ, "_ATOLL_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    return [each.partition(",")[2] for each in atoll(env=env).stdout.split()]
+
+
 def test_the_shell_completes_commands_and_names_of_vms(services: Services) -> None:
     add_vm(services, "web-one")
     add_vm(services, "db")
-
-    def completed(line: str) -> list[str]:
-        env = {**os.environ, "_ATOLL_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-        return [each.partition(",")[2] for each in atoll(env=env).stdout.splitlines()]
-
     assert completed("atoll scr") == ["screenshot"]
     assert completed("atoll show w") == ["web-one"]
     assert completed("atoll stop web-one d") == ["db"]
+
+
+def test_the_shell_completes_names_of_snapshots(services: Services) -> None:
+    for vm in (add_vm(services, "web"), add_vm(services, "db")):
+        for name in (f"{vm.name}-clean", f"{vm.name}-before"):
+            add_snapshot(services, vm, name)
+
+    assert completed("atoll restore web ") == ["web-clean", "web-before"]
+    assert completed("atoll restore db db-c") == ["db-clean"]
+    assert completed("atoll forget web web-clean web-b") == ["web-before"]
+    assert completed("atoll restore nothing ") == []
+    for command in ("clone", "fork", "diff", "diff web", "pool create", "pool rm"):
+        assert completed(f"atoll {command} d") == ["db"]
+        assert completed(f"atoll {command} db@") == ["db@db-clean", "db@db-before"]
+        assert completed(f"atoll {command} db@db-b") == ["db@db-before"]
+        assert completed(f"atoll {command} nothing@") == []
+
+
+def test_bash_completes_a_snapshot_after_the_at_sign(services: Services, tmp_path: Path) -> None:
+    add_snapshot(services, add_vm(services, "web"), "before")
+    program = tmp_path / "atoll"
+    program.write_text("#!/bin/sh\nexec " + shlex.join(ATOLL) + ' "$@"\n')
+    program.chmod(0o755)
+
+    def offered(*words: str) -> list[str]:
+        """What bash offers in place of the last of these words, as it splits them."""
+        script = (
+            f'eval "$({program} completion bash)"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1));'
+            '_atoll_completion "$0"; printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(["bash", "-c", script, str(program), *words], capture_output=True, text=True, timeout=60)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    # Bash takes the sign as a part of what it replaces.
+    assert offered("atoll", "clone", "web", "@", "be") == ["@before"]
+    assert offered("atoll", "clone", "web", "@") == ["@before"]
+    assert offered("atoll", "diff", "web", "@", "before", "web", "@", "b") == ["@before"]
+    # As it is without '@' in COMP_WORDBREAKS.
+    assert offered("atoll", "clone", "web@be") == ["web@before"]
+    assert offered("atoll", "restore", "web", "") == ["before"]
+    assert offered("atoll", "clone", "w") == ["web"]
 
 
 def test_a_reader_that_goes_away_is_no_failure(services: Services) -> None:

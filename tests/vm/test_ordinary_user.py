@@ -76,6 +76,10 @@ def test_everything_works_without_root(person: Person) -> None:
         (person.home / "file").write_bytes(b"from the user")
         person.atoll("cp", "--quiet", str(person.home / "file"), "mine:/root/file")
         assert person.atoll("cp", "--quiet", "mine:/root/file", "-") == b"from the user"
+        person.atoll("exec", "mine", "--", "sync")
+        person.atoll("snapshot", "mine", "copied", "--quiet")
+        person.atoll("exec", "mine", "--", "sh", "-c", "echo more >> /root/file; sync")
+        assert b"  M /root/file  13B -> 18B" in person.atoll("diff", "mine@copied", "mine", "--quiet")
         low = person.run(sys.executable, "-c", ATOLL, "port", "add", "mine", "80:80")
         if low.returncode != 0:
             assert b"ports below 1024 are root's" in low.stderr

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from atoll.cli.failures import Format
-from atoll.cli.options import VM
+from atoll.cli.options import VM, VM_OR_SNAPSHOT
 from atoll.cli.output import emit, format_option, print_table
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command("fork")
-@click.argument("source", metavar="VM|VM@SNAPSHOT", type=VM)
+@click.argument("source", metavar="VM|VM@SNAPSHOT", type=VM_OR_SNAPSHOT)
 @click.option("--count", "-n", type=int, default=1, show_default=True, help="How many copies.")
 @click.option("--name", help="Their name; {n} in it is a copy's number. [default: VM-{n}]")
 @click.option("--pool", is_flag=True, help="Take one that waits in the snapshot's pool (`atoll pool create`).")
@@ -79,7 +79,7 @@ def pool_command() -> None:
 
 
 @pool_command.command("create")
-@click.argument("snapshot", metavar="VM@SNAPSHOT", type=VM)
+@click.argument("snapshot", metavar="VM@SNAPSHOT", type=VM_OR_SNAPSHOT)
 @click.option("--ready", type=int, required=True, help="How many wait; what is lacking is started.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @format_option
@@ -126,7 +126,7 @@ def list_pools(format: Format) -> None:
 
 
 @pool_command.command("rm")
-@click.argument("snapshot", metavar="VM@SNAPSHOT", type=VM)
+@click.argument("snapshot", metavar="VM@SNAPSHOT", type=VM_OR_SNAPSHOT)
 @format_option
 def rm(snapshot: str, format: Format) -> None:
     """Remove the copies that wait; print how many there were.

@@ -1,13 +1,13 @@
 """`snapshot`, `history`, `restore`, `forget` and `clone`: a machine treated like a commit."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from atoll.cli.failures import Format
-from atoll.cli.options import VM
-from atoll.cli.output import age, emit, format_option, print_table
+from atoll.cli.options import SNAPSHOT, VM, VM_OR_SNAPSHOT
+from atoll.cli.output import age, emit, format_option, format_option_with, print_table
 from atoll.model.units import format_size
 
 if TYPE_CHECKING:
@@ -55,21 +55,28 @@ def snapshot_command(
 
 @click.command("history")
 @click.argument("vm", type=VM)
-@format_option
-def history_command(vm: str, format: Format) -> None:
+@format_option_with("dot")
+def history_command(vm: str, format: Literal["table", "json", "yaml", "dot"]) -> None:
     """Draw a VM's snapshots as a tree, with what each takes and which VMs stand on it.
 
     \b
     Examples:
       atoll history web
       atoll history web --format json
+      atoll history web --format dot | dot -Tsvg > web.svg
     """
     from atoll.cli.session import perform
 
-    async def action(host: "AsyncHost") -> "list[HistoryNode]":
-        return await (await host.get(vm)).history()
+    async def action(host: "AsyncHost") -> "tuple[str, list[HistoryNode]]":
+        found = await host.get(vm)
+        return found.name, await found.history()
 
-    nodes = perform(action, cancelled="")
+    name, nodes = perform(action, cancelled="")
+    if format == "dot":
+        from atoll.cli.graph import dot
+
+        click.echo("\n".join(dot(name, nodes)))
+        return
     if format != "table":
         emit(nodes, format)
         return
@@ -110,7 +117,7 @@ def tree(nodes: "Sequence[HistoryNode]") -> "Iterable[tuple[str, HistoryNode]]":
 
 @click.command("restore")
 @click.argument("vm", type=VM)
-@click.argument("snapshot")
+@click.argument("snapshot", type=SNAPSHOT)
 @click.option("--keep", is_flag=True, help="Take a snapshot of the present first.")
 @click.option("--disk-only", is_flag=True, help="Leave its memory; a VM that runs is booted.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
@@ -137,7 +144,7 @@ def restore_command(vm: str, snapshot: str, keep: bool, disk_only: bool, quiet: 
 
 @click.command("forget")
 @click.argument("vm", type=VM)
-@click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True)
+@click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True, type=SNAPSHOT)
 def forget_command(vm: str, snapshots: tuple[str, ...]) -> None:
     """Take snapshots out of a VM's history. What stands on them keeps its data; what nothing needs is removed.
 
@@ -156,7 +163,7 @@ def forget_command(vm: str, snapshots: tuple[str, ...]) -> None:
 
 
 @click.command("clone")
-@click.argument("source", metavar="VM|VM@SNAPSHOT", type=VM)
+@click.argument("source", metavar="VM|VM@SNAPSHOT", type=VM_OR_SNAPSHOT)
 @click.argument("name", required=False)
 @click.option("--full", is_flag=True, help="Copy the disks whole, so that it shares nothing.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from atoll.cli.failures import Format
+from atoll.cli.failures import Format, note
 from atoll.cli.options import DURATION, VM
 from atoll.cli.output import emit, format_option
 
@@ -20,18 +20,30 @@ def _several(function: F) -> F:
     return click.argument("vms", metavar="VM...", nargs=-1, required=True, type=VM)(format_option(function))
 
 
-def do_to_all(vms: Sequence[str], format: Format, title: str, act: "Callable[[AsyncVm], Awaitable[None]]") -> int:
-    """Do it to all of them at once; the exit code. JSON and YAML list those that went well."""
+def do_to_all(
+    vms: Sequence[str],
+    format: Format,
+    title: str,
+    act: "Callable[[AsyncVm], Awaitable[dict[str, Any] | None]]",
+    told: Callable[[dict[str, Any]], str] = lambda done: "",
+) -> int:
+    """Do it to all of them at once; the exit code. JSON and YAML list those that went well, with what `act` returns.
+
+    For people there is a note about each where `told` has one.
+    """
     from atoll.cli.progress import Shown
     from atoll.cli.session import each_vm, perform
 
-    async def action(host: "AsyncHost") -> tuple[list[dict[str, str]], int]:
+    async def action(host: "AsyncHost") -> tuple[list[dict[str, Any]], int]:
         with Shown(f"{title} {', '.join(vms[:3])}{' …' if len(vms) > 3 else ''}"):
             return await each_vm(host, vms, act)
 
     done, code = perform(action)
     if format != "table":
         emit(done, format)
+        return code
+    for text in filter(None, map(told, done)):
+        note(text)
     return code
 
 
@@ -106,16 +118,26 @@ def resume_command(vms: tuple[str, ...], format: Format) -> int:
 
 @click.command("rm")
 @_several
-@click.option("--force", "-f", is_flag=True, help="Also one that runs: it is switched off first.")
+@click.option(
+    "--force", "-f", is_flag=True, help="Also one that runs: it is switched off first. Snapshots go in any case."
+)
 def rm_command(vms: tuple[str, ...], force: bool, format: Format) -> int:
-    """Remove VMs with their disks. Images stay.
+    """Remove VMs with their disks and snapshots. Images stay, and so do clones and forks.
 
     \b
     Examples:
       atoll rm web
       atoll rm --force web db
     """
-    return do_to_all(vms, format, "removing", lambda vm: vm.rm(force=force))
+
+    async def remove(vm: "AsyncVm") -> dict[str, Any]:
+        return {"snapshots": await vm.rm(force=force)}
+
+    def told(done: dict[str, Any]) -> str:
+        count = done["snapshots"]
+        return f"{count} snapshot{'s' if count > 1 else ''} of '{done['name']}' went with it." if count else ""
+
+    return do_to_all(vms, format, "removing", remove, told)
 
 
 @click.command("rename")

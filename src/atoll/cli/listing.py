@@ -84,7 +84,7 @@ def _ports(spec: "VmSpec") -> list[str]:
 @click.argument("vm", type=VM)
 @format_option
 def show_command(vm: str, format: Format) -> None:
-    """Tell all about a VM: its hardware, its state, how its last run ended.
+    """Tell all about a VM: its hardware, its state, the snapshot it stands on, how its last run ended.
 
     \b
     Examples:
@@ -117,6 +117,8 @@ def _description(info: VmInfo) -> list[tuple[str, str]]:
         ("Last end", _last_end(info)),
         ("Last lines", info.vm.last_exit.last_lines if info.vm.last_exit else ""),
         ("Image", vm.image),
+        ("Snapshot", info.stands_on or ("one that is forgotten" if vm.snapshot else "none")),
+        ("Suspended", _suspended(info)),
         ("Created", f"{moment(vm.created_at)} ({age(vm.created_at)})"),
         ("Process", _process(info)),
         ("Machine", f"{spec.machine_type or spec.machine}, {spec.arch}, {spec.boot.firmware}"),
@@ -137,6 +139,13 @@ def _way_on(info: VmInfo) -> str:
     if info.trouble != "disk-full":
         return ""
     return f"free some space on this computer's disk, then `atoll resume {info.vm.name}`; what it writes is kept"
+
+
+def _suspended(info: VmInfo) -> str:
+    memory = info.vm.suspended
+    if memory is None:
+        return "no"
+    return f"yes, {format_size(memory.file_size)} of memory; `atoll resume {info.vm.name}` goes on from there"
 
 
 def _last_end(info: VmInfo) -> str:

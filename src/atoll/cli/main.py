@@ -51,6 +51,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "snapshot": "history",
         "history": "history",
         "restore": "history",
+        "diff": "diff",
         "forget": "history",
         "clone": "history",
         "fork": "fork",

@@ -46,6 +46,34 @@ class VmReference(click.ParamType):  # type: ignore[type-arg]  # generic in newe
         return [CompletionItem(name) for name in vm_names() if name.startswith(incomplete)]
 
 
+class SourceReference(VmReference):
+    """A VM, or a snapshot as VM@SNAPSHOT; the shell completes both."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        from atoll.cli.completion import snapshot_names
+
+        vm, at, begun = incomplete.partition("@")
+        if not at:
+            return super().shell_complete(ctx, param, incomplete)
+        return [CompletionItem(f"{vm}@{name}") for name in snapshot_names(vm) if name.startswith(begun)]
+
+
+class SnapshotReference(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """The name of a snapshot of the VM that the argument `vm` names; the shell completes it."""
+
+    name = "snapshot"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        from atoll.cli.completion import snapshot_names
+
+        names = snapshot_names(ctx.params.get("vm") or "")
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 class ImageReference(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
     """An image's name; the shell completes it."""
 
@@ -67,6 +95,7 @@ class ImageReference(click.ParamType):  # type: ignore[type-arg]  # generic in n
 
 
 DURATION, VM, IMAGE = Duration(), VmReference(), ImageReference()
+VM_OR_SNAPSHOT, SNAPSHOT = SourceReference(), SnapshotReference()
 
 
 def parse_ports(text: str) -> list[PortSpec]:

@@ -17,23 +17,28 @@ _GAP = "  "
 _NARROWEST = 6
 
 
-def _remember(ctx: click.Context, parameter: click.Parameter, value: Format) -> Format:
-    ctx.find_root().ensure_object(Settings).format = value
+def _remember(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    ctx.find_root().ensure_object(Settings).format = "json" if value == "json" else "table"
     return value
 
 
-def format_option(function: F) -> F:
-    """`--format`, with ATOLL_FORMAT as its default. Errors take the form of JSON with it."""
+def format_option_with(*more: str) -> Callable[[F], F]:
+    """`format_option` for a command that knows further formats."""
     return click.option(
         "--format",
         "format",
-        type=click.Choice(["table", "json", "yaml"]),
+        type=click.Choice(["table", "json", "yaml", *more]),
         default="table",
         envvar="ATOLL_FORMAT",
         is_eager=True,
         callback=_remember,
         help="How to print it (default: table; ATOLL_FORMAT sets it for all commands).",
-    )(function)
+    )
+
+
+def format_option(function: F) -> F:
+    """`--format`, with ATOLL_FORMAT as its default. Errors take the form of JSON with it."""
+    return format_option_with()(function)
 
 
 def emit(value: Any, format: Format) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -84,20 +84,19 @@ def cancelled_by_signals() -> Iterator[list[int]]:
 
 
 async def each_vm(
-    host: AsyncHost, references: Sequence[str], act: Callable[[AsyncVm], Awaitable[None]]
-) -> tuple[list[dict[str, str]], int]:
+    host: AsyncHost, references: Sequence[str], act: Callable[[AsyncVm], Awaitable[dict[str, Any] | None]]
+) -> tuple[list[dict[str, Any]], int]:
     """Do something to several VMs at once, and tell each failure.
 
-    Returns the ids and names of those that went well, and the first failure's exit code.
+    Returns the ids and names of those that went well, with what `act` tells of each, and the first failure's exit code.
     """
     found, places = settings(), asyncio.Semaphore(AT_ONCE)
 
-    async def one(reference: str) -> dict[str, str]:
+    async def one(reference: str) -> dict[str, Any]:
         async with places:
             vm = await host.get(reference)
             told = {"id": vm.id, "name": vm.name}
-            await act(vm)
-            return told
+            return told | (await act(vm) or {})
 
     results = await asyncio.gather(*(one(each) for each in dict.fromkeys(references)), return_exceptions=True)
     code = 0

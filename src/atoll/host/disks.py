@@ -33,12 +33,33 @@ async def create_head(path: Path, *, size: int, layer: Path | None) -> None:
     await _qemu_img(["create", "-q", *options, "--", path, str(size)], f"make the disk {path}")
 
 
-def chain_argument(layers: Sequence[Path]) -> str:
-    """A chain of layers, the lowest first, as qemu-img takes it. What the files say of each other isn't looked at."""
+def chain_argument(layers: Sequence[Path], *, shared: bool = False) -> str:
+    """A chain of layers, the lowest first, as qemu-img takes it. What the files say of each other isn't looked at.
+
+    A `shared` one is only read, and may be of a VM that runs and writes it.
+    """
     node: dict[str, object] | None = None
     for path in layers:
         node = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "backing": node}
+    if shared and node is not None:
+        node |= {"read-only": True, "force-share": True}
     return f"json:{json.dumps(node)}"
+
+
+async def allocated_ranges(layers: Sequence[Path], *, above: int) -> list[tuple[int, int]]:
+    """Where the uppermost `above` layers of a chain have content of their own: offset and length, in order.
+
+    Raises `ProcessFailed`.
+    """
+    if above == 0:
+        return []
+    found = await process.run(["qemu-img", "map", "--output=json", chain_argument(layers, shared=True)])
+    return [
+        (extent["start"], extent["length"])
+        for extent in json.loads(found.stdout)
+        # What no layer has reads as zeros, and is told as if the lowest had it.
+        if extent["depth"] < above and extent["present"]
+    ]
 
 
 async def copy_content(layers: Sequence[Path], path: Path, *, size: int, report: Callable[[Progress], None]) -> None:

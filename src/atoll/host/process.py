@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+from asyncio.subprocess import DEVNULL, PIPE
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ LONGEST_LINE = 1 << 16
 PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-storage-daemon": "qemu-utils",
+    "qemu-nbd": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-riscv64": "qemu-system-misc",
@@ -64,7 +66,7 @@ def find(program: str) -> str:
 async def run(
     argv: Sequence[str | Path],
     *,
-    stdin: bytes | None = None,
+    stdin: bytes | int | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     pass_fds: Sequence[int] = (),
@@ -74,16 +76,17 @@ async def run(
 ) -> Finished:
     """Run a program to its end. Raises `ProcessFailed` on a non-zero exit if `check`, `MissingTool` if it isn't there.
 
-    `on_line` gets each line of standard error as it comes, `on_output` what comes on standard output. When the caller
-    is cancelled, the program and what it started get SIGTERM, then SIGKILL.
+    `stdin` is what the program reads, or a descriptor that it gets. `on_line` gets each line of standard error as it
+    comes, `on_output` what comes on standard output. When the caller is cancelled, the program and what it started get
+    SIGTERM, then SIGKILL.
     """
     words = [find(str(argv[0])), *(str(word) for word in argv[1:])]
     try:
         process = await asyncio.create_subprocess_exec(
             *words,
-            stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            stdin=stdin if isinstance(stdin, int) else DEVNULL if stdin is None else PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
             env=None if env is None else {**os.environ, **env},
             cwd=cwd,
             pass_fds=tuple(pass_fds),
@@ -150,7 +153,7 @@ def _signal_group(pid: int, number: int) -> None:
 async def _communicate(
     process: asyncio.subprocess.Process,
     *,
-    stdin: bytes | None,
+    stdin: bytes | int | None,
     on_line: Callable[[str], None] | None,
     on_output: Callable[[bytes], None] | None,
 ) -> Finished:
@@ -183,7 +186,7 @@ async def _communicate(
         return b"\n".join(kept)
 
     async def feed() -> None:
-        if stdin is None or process.stdin is None:
+        if not isinstance(stdin, bytes) or process.stdin is None:
             return
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             process.stdin.write(stdin)

@@ -92,6 +92,8 @@ class VmInfo(Struct, frozen=True, kw_only=True):
     exit: Exit | None = None
     trouble: Trouble | None = None
     """Why it is paused or crashed, when nobody asked for that."""
+    stands_on: str | None = None
+    """The snapshot that it stands on: its name, `VM@NAME` for another VM's. Of one VM only: lists leave it away."""
 
 
 class PoolInfo(Struct, frozen=True, kw_only=True):

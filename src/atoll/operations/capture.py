@@ -136,6 +136,7 @@ async def _cut_live(context: Context[Any], vm: Vm, wanted: Cut) -> None:
                 await _begin_to_save(context, monitor, set_path(number), live=live)
         finally:
             if runs:
+                await jobs.until_finalized(monitor)
                 await monitor.execute("cont")
 
 

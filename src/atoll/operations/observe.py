@@ -45,6 +45,15 @@ def observe_one(services: Services, vm: Vm) -> VmInfo:
     return observe(services, [vm], {})[0]
 
 
+def place_of(services: Services, vm: Vm) -> str | None:
+    """The snapshot that the VM stands on: its name, `VM@NAME` for another VM's; None for none, or a forgotten one."""
+    node = services.records.snapshot(vm.snapshot) if vm.snapshot is not None else None
+    if node is None or node.vm_id == vm.id:
+        return node.name if node is not None else None
+    owner = services.records.vm(node.vm_id)
+    return f"{owner.name if owner is not None else node.vm_name}@{node.name}"
+
+
 def phase_of(services: Services, vm: Vm) -> Phase:
     return observe_one(services, vm).phase
 

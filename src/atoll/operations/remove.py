@@ -30,14 +30,18 @@ class RemoveRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     name: str
 
 
-async def remove(vm: Vm, *, services: Services, force: bool = False, report: Report | None = None) -> None:
-    """Remove a stopped VM with its disks; a running one only with `force`. Raises `WrongState`."""
+async def remove(vm: Vm, *, services: Services, force: bool = False, report: Report | None = None) -> int:
+    """Remove a stopped VM with its disks; a running one only with `force`. Raises `WrongState`.
+
+    Returns how many snapshots went with it.
+    """
     if force:
         from atoll.operations.stop import stop
 
         await stop(vm, services=services, force=True, report=report)
     request = RemoveRequest(vm_id=vm.id, name=vm.name)
-    await perform(REMOVE, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    done = await perform(REMOVE, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    return int(done.notes["snapshots"])
 
 
 def ended_throwaways(services: Services) -> list[Vm]:
@@ -91,6 +95,8 @@ async def _put_back(context: Context[RemoveRequest]) -> None:
 async def _forget(context: Context[RemoveRequest]) -> None:
     records = context.services.records
     vm = records.vm(context.subject)
+    # Not the rest that a killed command has left.
+    context.notes.setdefault("snapshots", len(records.snapshots(context.subject)))
     if vm is not None:
         of_images = {layer for image in records.images() for layer in image.layer_ids}
         own = any(disk.layer not in of_images for disk in vm.spec.disks if disk.layer)

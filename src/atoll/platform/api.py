@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.image import Image
 from atoll.model.operation import Operation, Progress
@@ -61,7 +62,9 @@ class AsyncVm(Protocol):
     async def suspend(self, *, report: Report | None = None) -> None:
         """Write its memory to the disk and end its process; `resume` and `start` go on from there."""
 
-    async def rm(self, *, force: bool = False) -> None: ...
+    async def rm(self, *, force: bool = False) -> int:
+        """Remove it with its disks and snapshots; a running one only with `force`. Returns how many snapshots went."""
+
     async def rename(self, name: str) -> None: ...
     async def set(self, request: SetRequest) -> list[Change]: ...
 
@@ -152,6 +155,9 @@ class AsyncVm(Protocol):
 
     async def forget(self, snapshot: str) -> None:
         """Take a snapshot out of the history. What stands on it keeps its data."""
+
+    async def diff(self, snapshot: str, *, report: Report | None = None) -> Difference:
+        """What it has otherwise now than in one of its snapshots: settings, files, blocks."""
 
     async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> "AsyncCopies":
         """Running copies of this instant, their memory shared until it is written; this one runs on.
@@ -265,6 +271,9 @@ class AsyncHost(Protocol):
 
         `repair` mends what can be mended without loss. `quick` reads no content.
         """
+
+    async def diff(self, old: str, new: str, *, report: Report | None = None) -> Difference:
+        """What differs between two VMs (`web`) or snapshots (`web@clean`, or its id): settings, files, blocks."""
 
     def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         """What happened, and with `follow` what happens; `after` is the last event that is known already."""

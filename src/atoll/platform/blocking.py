@@ -196,6 +196,7 @@ class Vm(_Handle[AsyncVm]):
     history = _blocking(AsyncVm.history)
     restore = _blocking(AsyncVm.restore)
     forget = _blocking(AsyncVm.forget)
+    diff = _blocking(AsyncVm.diff)
 
     def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> Copies:
         """Running copies of this instant, their memory shared until it is written; this one runs on."""
@@ -313,6 +314,7 @@ class Host(_Handle[AsyncHost]):
     ls = _blocking(AsyncHost.ls)
     prune = _blocking(AsyncHost.prune)
     fsck = _blocking(AsyncHost.fsck)
+    diff = _blocking(AsyncHost.diff)
     events = _plain_iterator(AsyncHost.events)
 
     def get(self, reference: str) -> Vm:

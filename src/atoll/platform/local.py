@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 from msgspec.structs import replace
 
 from atoll.layout import Layout
+from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.requests import CreateRequest
 from atoll.model.vm import Event, VmInfo
@@ -146,6 +147,11 @@ class LocalHost:
 
         made = await fork(find_source(source, self._services), count, name, services=self._services, report=report)
         return AsyncCopies(LocalVm(self._services, vm) for vm in made)
+
+    async def diff(self, old: str, new: str, *, report: Report | None = None) -> Difference:
+        from atoll.operations.diff import diff
+
+        return await diff(old, new, services=self._services, report=report)
 
     async def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         records = self._services.records

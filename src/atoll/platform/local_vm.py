@@ -5,8 +5,11 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from msgspec.structs import replace
+
 from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
+from atoll.model.difference import Difference
 from atoll.model.requests import DiskRequest, SetRequest
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, PortSpec
@@ -63,7 +66,9 @@ class LocalVm:
     async def info(self) -> VmInfo:
         from atoll.operations import observe
 
-        return observe.observe_one(self._services, self._record())
+        vm = self._record()
+        stands_on = observe.place_of(self._services, vm)
+        return replace(observe.observe_one(self._services, vm), stands_on=stands_on)
 
     async def start(self, *, wait: bool = False, timeout: float | None = None) -> None:
         from atoll.operations.start import start
@@ -108,10 +113,10 @@ class LocalVm:
             return
         await resume(self._record(), services=self._services)
 
-    async def rm(self, *, force: bool = False) -> None:
+    async def rm(self, *, force: bool = False) -> int:
         from atoll.operations.remove import remove
 
-        await remove(self._record(), services=self._services, force=force)
+        return await remove(self._record(), services=self._services, force=force)
 
     async def rename(self, name: str) -> None:
         from atoll.operations.rename import rename
@@ -276,6 +281,12 @@ class LocalVm:
 
         vm = self._record()
         await forget(vm, find_snapshot(self._services, vm, snapshot), services=self._services)
+
+    async def diff(self, snapshot: str, *, report: Report | None = None) -> Difference:
+        from atoll.operations.diff import diff
+
+        name = self._record().name
+        return await diff(f"{name}@{snapshot}", name, services=self._services, report=report)
 
     async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> AsyncCopies:
         from atoll.operations.fork import fork

@@ -17,6 +17,7 @@ WHOLE_MEMORY = ("mapped-ram",)
 """Memory of a guest that stands still. Each page has its own place in the file, so the file is as large as the RAM."""
 REPORT_TIME = 0.5
 """Seconds between two looks at how far a stream is."""
+_FINALIZE_TIME = 30.0
 _ENDED = {"completed": "", "failed": "it failed", "cancelled": "it was cancelled"}
 
 
@@ -89,6 +90,17 @@ async def until_ended(monitor: Monitor, events: Events, *, report: Report, step:
             report(Progress(step=step, done=ram["total"] - ram["remaining"], total=ram["total"], unit="bytes"))
         with contextlib.suppress(TimedOut):
             await events.next(timeout=REPORT_TIME)
+
+
+async def until_finalized(monitor: Monitor) -> None:
+    """Until QEMU lets a guest go on that stood still for a stream; that is a moment after it tells of the end."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_FINALIZE_TIME):
+            while True:
+                state: dict[str, Any] = await monitor.execute("query-status")
+                if state["status"] != "finish-migrate":
+                    return
+                await asyncio.sleep(0.005)
 
 
 def _raise_if_failed(status: dict[str, Any]) -> None:
