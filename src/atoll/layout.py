@@ -162,6 +162,11 @@ class Layout:
         return self.cache / "accelerator.json"
 
     @property
+    def empty_disks(self) -> Path:
+        """A blank disk of each size that was asked for, to be copied."""
+        return self.cache / "empty"
+
+    @property
     def downloads(self) -> Path:
         """Partial and finished downloads, resumable."""
         return self.cache / "downloads"

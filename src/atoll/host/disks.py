@@ -1,16 +1,18 @@
 """Making, growing and copying qcow2 files with qemu-img."""
 
+import contextlib
 import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 
-from atoll.errors import ProcessFailed, from_os_error
-from atoll.host import process
+from atoll.errors import ProcessFailed, StorageFailed, from_os_error
+from atoll.host import files, process
 from atoll.host.facts import free_disk
 from atoll.model.operation import Progress
 
@@ -19,18 +21,35 @@ LEAST_ROOM = 4 << 20
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT)
 
 
-async def create_head(path: Path, *, size: int, layer: Path | None) -> None:
-    """A new writable head of `size` bytes, an overlay on a frozen layer or blank, in place of one that was there.
+async def create_head(path: Path, *, size: int, empty: Path) -> None:
+    """A new writable head of `size` bytes, in place of one that was there.
 
-    Raises `StorageFailed` when the disk is full, `ProcessFailed`.
+    It is blank; what it stands on is told to QEMU by nodes, and not written in it. All blank heads of a size are the
+    same, so the first one of each is kept in the folder `empty`, and copied: qemu-img alone would take a fifth of a
+    fork's time. Raises `StorageFailed` when the disk is full, `ProcessFailed`.
     """
+    doing = f"make the disk {path}"
     if free_disk(path.parent) < LEAST_ROOM:
-        raise from_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), f"make the disk {path}")
+        raise from_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), doing)
+    kept = empty / f"{size}.qcow2"
+    try:
+        if not kept.exists():
+            await _create(path, size, doing)
+            with contextlib.suppress(StorageFailed):
+                files.make_folder(empty)
+                files.write_atomically(kept, path.read_bytes())
+            return
+        path.unlink(missing_ok=True)
+        shutil.copyfile(kept, path)
+        path.chmod(0o600)
+    except OSError as error:
+        raise from_os_error(error, doing) from error
+
+
+async def _create(path: Path, size: int, doing: str) -> None:
     path.unlink(missing_ok=True)
-    below = [] if layer is None else ["-b", str(layer), "-F", "qcow2"]
-    # -u: the layer is ours and needn't be opened; QEMU gets the chain by node anyway.
-    options = ["-f", "qcow2", "-u", "-o", "compat=1.1,lazy_refcounts=off", *below]
-    await _qemu_img(["create", "-q", *options, "--", path, str(size)], f"make the disk {path}")
+    options = ["-f", "qcow2", "-o", "compat=1.1,lazy_refcounts=off"]
+    await _qemu_img(["create", "-q", *options, "--", path, str(size)], doing)
 
 
 def chain_argument(layers: Sequence[Path], *, shared: bool = False) -> str:

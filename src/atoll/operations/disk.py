@@ -149,8 +149,7 @@ async def _make_file(context: Context[AddRequest]) -> None:
     if disk.blob is not None:
         return
     async with context.services.lease(IMAGES_LOCK, what="the images"):
-        layer = layout.layer(disk.layer) if disk.layer else None
-        await disks.create_head(layout.vm(context.subject).head(disk), size=disk.size, layer=layer)
+        await disks.create_head(layout.vm(context.subject).head(disk), size=disk.size, empty=layout.empty_disks)
 
 
 async def _remove_file(context: Context[AddRequest]) -> None:

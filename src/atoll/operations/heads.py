@@ -23,8 +23,7 @@ async def make(layout: Layout, vm_id: str, specs: Iterable[DiskSpec]) -> None:
     paths = layout.vm(vm_id)
     for disk in specs:
         if disk.blob is None:
-            layer = layout.layer(disk.layer) if disk.layer else None
-            await disks.create_head(paths.head(disk), size=disk.size, layer=layer)
+            await disks.create_head(paths.head(disk), size=disk.size, empty=layout.empty_disks)
 
 
 def remove(layout: Layout, vm: Vm | None, vm_id: str, specs: Iterable[DiskSpec]) -> None:

@@ -133,7 +133,7 @@ async def _copy(context: Context[MergeRequest]) -> None:
     files.make_folder(services.layout.temporary)
     path = services.layout.temporary / f"merge-{context.request.id}"
     chain = [services.layout.layer(layer) for layer in layer_chain(window[-1].id, layers)]
-    await disks.create_head(path, size=window[-1].virtual_size, layer=chain[-1])
+    await disks.create_head(path, size=window[-1].virtual_size, empty=services.layout.empty_disks)
     await merge_content(chain, path, count=len(window), report=context.report)
 
 
