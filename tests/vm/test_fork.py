@@ -191,3 +191,22 @@ async def test_the_generator_of_random_numbers_differs_in_each_copy(factory: Fac
         seen.add(await vm.sh(read))
     seen |= {await factory.machine(fork).sh(read) for fork in await factory.host.fork("v@one", 3)}
     assert len(seen) == 5
+
+
+async def test_templates_go_when_memory_is_scarce_and_are_made_again(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo here > /dev/shm/memory")
+    await vm.snapshot("one")
+    templates = factory.layout.templates
+    await factory.host.fork("v@one", name="first")
+    assert any(templates.iterdir())
+    await vm.stop(force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(facts, "memory", lambda: facts.Memory(total=100 * 2**30, available=2**30))
+        await vm.start(wait=True, timeout=120)
+        assert not any(templates.iterdir())
+    (again,) = await factory.host.fork("v@one", name="second")
+    for fork in (again, await factory.host.get("first")):
+        assert await factory.machine(fork).read("/dev/shm/memory") == "here"

@@ -24,7 +24,7 @@ from atoll.operations.boot import Incoming, boot, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import go_on
 from atoll.operations.services import Report, Services
-from atoll.operations.template import shared_memory
+from atoll.operations.template import drop_under_pressure, shared_memory
 
 
 class StartRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,6 +51,7 @@ async def _launch(context: Context[StartRequest]) -> None:
     services, vm = context.services, context.vm
     # A start that was killed before it was recorded may have left one.
     await kill_strays(vm)
+    drop_under_pressure(services)
     incoming = None
     if vm.suspended is not None:
         context.notes["suspended"] = msgspec.to_builtins(vm.suspended)

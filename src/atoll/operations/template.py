@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from atoll.errors import from_os_error
-from atoll.host import disks, files
+from atoll.host import disks, facts, files
 from atoll.layout import Layout
 from atoll.model.names import new_id
 from atoll.model.snapshot import Memory
@@ -27,6 +27,8 @@ from atoll.qemu.plan import PrivateRam
 DEVICES = ".devices"
 RESERVE = 0.25
 """The part of the file system in memory that templates leave free."""
+SCARCE = 0.1
+"""The part of the computer's memory below which templates go."""
 
 
 def memory_path(layout: Layout, memory: Memory) -> Path:
@@ -92,6 +94,13 @@ def drop(services: Services) -> None:
     for path in services.layout.templates.glob("*") if services.layout.templates.is_dir() else ():
         if path.stem not in needed:
             path.unlink(missing_ok=True)
+
+
+def drop_under_pressure(services: Services) -> None:
+    """Let a machine that starts have the room of templates that nobody is about to need, when memory is scarce."""
+    memory = facts.memory()
+    if memory.available < memory.total * SCARCE:
+        drop(services)
 
 
 def _offset(path: Path) -> int:
