@@ -14,6 +14,8 @@ from atoll.host import facts
 from atoll.model.requests import DiskRequest, SetRequest
 from atoll.model.spec import PortSpec
 from atoll.model.state import Phase
+from atoll.qemu import jobs
+from atoll.qemu.monitor import Monitor
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 
@@ -210,3 +212,28 @@ async def test_templates_go_when_memory_is_scarce_and_are_made_again(
     (again,) = await factory.host.fork("v@one", name="second")
     for fork in (again, await factory.host.get("first")):
         assert await factory.machine(fork).read("/dev/shm/memory") == "here"
+
+
+async def test_a_qemu_that_saves_plain_streams_can_do_the_same(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU before 9.0 has no mapped-ram: its memory files are loaded whole."""
+
+    async def known(monitor: Monitor) -> set[str]:
+        return {"background-snapshot", "events"}
+
+    monkeypatch.setattr(jobs, "known", known)
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo here > /dev/shm/memory")
+    await vm.snapshot("one")
+    await vm.sh("echo changed > /dev/shm/memory")
+    (fork,) = await factory.host.fork("v@one", name="fork")
+    assert await factory.machine(fork).read("/dev/shm/memory") == "here"
+    (twin,) = await vm.fork(1, name="twin")
+    assert await factory.machine(twin).read("/dev/shm/memory") == "changed"
+    await vm.restore("one")
+    assert await vm.read("/dev/shm/memory") == "here"
+    await vm.suspend()
+    await vm.resume()
+    assert await vm.read("/dev/shm/memory") == "here"
+    assert await disagreements(factory.layout) == []

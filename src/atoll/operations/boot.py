@@ -148,7 +148,13 @@ async def _greet(vm: Vm, paths: VmPaths, incoming: Incoming | None, report: Repo
 
 async def _load(monitor: Monitor, incoming: Incoming, arch: Arch, report: Report) -> None:
     number = await hand_over(monitor, incoming.stream, "read", name="memory")
-    async with jobs.capabilities(monitor, jobs.WHOLE_MEMORY), jobs.migration_events(monitor) as events:
+    mapped = await asyncio.to_thread(mapped_ram.is_mapped, incoming.stream)
+    if mapped and not await jobs.supports_mapped(monitor):
+        raise EngineFailed("this QEMU can't load the memory", "a newer one saved it, by pages that have their places")
+    async with (
+        jobs.capabilities(monitor, jobs.WHOLE_MEMORY if mapped else ()),
+        jobs.migration_events(monitor) as events,
+    ):
         await monitor.execute("migrate-incoming", {"uri": f"file:{set_path(number)}"})
         await jobs.until_ended(monitor, events, report=report, step="load the memory")
     await monitor.execute("remove-fd", {"fdset-id": number})

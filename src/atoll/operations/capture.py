@@ -223,7 +223,8 @@ async def await_memory(context: Context[Any], file: Path) -> None:
         await jobs.switch_off(monitor)
         await take_back(monitor, name=MEMORY_SET)
     try:
-        await asyncio.to_thread(mapped_ram.write_bitmaps, file)
+        if await asyncio.to_thread(mapped_ram.is_mapped, file):
+            await asyncio.to_thread(mapped_ram.write_bitmaps, file)
     except OSError as error:
         raise from_os_error(error, f"finish {file}") from error
 

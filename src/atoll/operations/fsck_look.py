@@ -137,6 +137,11 @@ def _replaced(suspect: Suspect, **changes: str) -> Suspect:
 
 
 def _check_memory(source: SourceFile) -> None:
+    if not mapped_ram.has_blocks(source.descriptor):
+        # A plain stream, of a QEMU before 9.0, says only to its reader whether it is whole.
+        if os.pread(source.descriptor, 4, 0) != b"QEVM":
+            raise source.refused("it is no stream of QEMU's")
+        return
     end = max(block.end for block in mapped_ram.blocks(source.descriptor))
     if source.size < end:
         raise source.refused(f"it ends after {source.size} bytes, and its pages go on up to {end}")

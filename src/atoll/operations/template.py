@@ -51,9 +51,14 @@ def folder(layout: Layout, size: int) -> Path | None:
 
 
 async def shared_memory(services: Services, memory: Memory) -> Incoming:
-    """The memory for one more machine, copy-on-write. Raises `StorageFailed`, `EngineFailed` for a damaged file."""
+    """The memory for one more machine, copy-on-write; to be loaded whole where QEMU (before 9.0) saved a plain stream.
+
+    Raises `StorageFailed`, `EngineFailed` for a damaged file.
+    """
     path = memory_path(services.layout, memory)
     try:
+        if not await asyncio.to_thread(mapped_ram.is_mapped, path):
+            return Incoming(path)
         if not memory.volatile:
             path = await _in_memory(services, memory, path)
         devices = path.with_name(path.name + DEVICES)

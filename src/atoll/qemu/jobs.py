@@ -53,8 +53,20 @@ async def switch_off(monitor: Monitor) -> None:
     await _switch(monitor, LIVE_MEMORY, on=False)
 
 
+async def supports_mapped(monitor: Monitor) -> bool:
+    """Whether this QEMU gives each page a place of its own in a stream."""
+    return "mapped-ram" in await known(monitor)
+
+
+async def known(monitor: Monitor) -> set[str]:
+    """The migration capabilities that this QEMU has; before 9.0 there is no `mapped-ram`, and streams are plain."""
+    return {each["capability"] for each in await monitor.execute("query-migrate-capabilities")}
+
+
 async def _switch(monitor: Monitor, names: Iterable[str], *, on: bool) -> None:
-    states = [{"capability": name, "state": on} for name in (*names, *(["events"] if on else []))]
+    there = await known(monitor)
+    wanted = [name for name in (*names, *(["events"] if on else [])) if name in there]
+    states = [{"capability": name, "state": on} for name in wanted]
     await monitor.execute("migrate-set-capabilities", {"capabilities": states})
 
 

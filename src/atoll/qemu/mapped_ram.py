@@ -59,6 +59,23 @@ def blocks(descriptor: int) -> list[Block]:
     return found
 
 
+def is_mapped(path: Path) -> bool:
+    """Whether it is such a stream, or a plain one, as QEMU before 9.0 writes it. Raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return has_blocks(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def has_blocks(descriptor: int) -> bool:
+    """The same for an open file."""
+    try:
+        return bool(blocks(descriptor))
+    except EngineFailed:
+        return False
+
+
 def _block(descriptor: int, position: int) -> Block:
     record = os.pread(descriptor, 256 + _RECORD.size, position)
     size = record[0] if record else 0
