@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct, field
 
@@ -150,7 +151,7 @@ async def _unrecord(context: Context[NewVm]) -> None:
         context.services.records.remove_vm(context.subject)
 
 
-async def _files(context: Context[NewVm]) -> None:
+async def make_files(context: Context[NewVm]) -> None:
     layout, request, spec = context.services.layout, context.request, context.request.vm.spec
     paths = layout.vm(context.subject)
     files.make_folder(paths.logs)
@@ -189,7 +190,7 @@ async def _write_seed(vm: Vm, path: Path) -> None:
     write_seed(path, seed=vm.spec.seed, hostname=vm.name, instance_id=vm.id, install_agent=agent_missing)
 
 
-async def _remove_files(context: Context[NewVm]) -> None:
+async def remove_files(context: Context[Any]) -> None:
     paths = context.services.layout.vm(context.subject)
     for folder in (paths.home, paths.run):
         shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
@@ -205,7 +206,7 @@ CREATE = Verb(
     request=NewVm,
     steps=(
         Step("record", _record, _unrecord),
-        Step("files", _files, _remove_files),
+        Step("files", make_files, remove_files),
         Step("tell", _tell),
     ),
 )

@@ -3,6 +3,8 @@
 from typing import Any
 
 from atoll.operations import (
+    backup,
+    backup_restore,
     clone,
     configure,
     create,
@@ -43,5 +45,7 @@ VERBS: dict[str, Verb[Any]] = {
         clone.CUT,
         suspend.SUSPEND,
         pool.TAKE,
+        backup.BACKUP,
+        backup_restore.RESTORE_BACKUP,
     )
 }

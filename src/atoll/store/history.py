@@ -12,6 +12,7 @@ from atoll.model.snapshot import Snapshot
 from atoll.model.vm import Vm
 
 _snapshot = msgspec.json.Decoder(Snapshot)
+_layer = msgspec.json.Decoder(Layer)
 _vm = msgspec.json.Decoder(Vm)
 _encode = msgspec.json.Encoder().encode
 
@@ -24,6 +25,12 @@ def read(rows: Iterable[tuple[bytes]]) -> list[Snapshot]:
 def put_layers(db: sqlite3.Connection, layers: Iterable[Layer]) -> None:
     rows = [(layer.id, _encode(layer)) for layer in layers]
     db.executemany("INSERT OR REPLACE INTO layers VALUES (?, ?)", rows)
+
+
+def note_sha256(db: sqlite3.Connection, layer_id: str, sha256: str) -> None:
+    row = db.execute("SELECT record FROM layers WHERE id = ?", (layer_id,)).fetchone()
+    if row is not None:
+        put_layers(db, [replace(_layer.decode(row[0]), sha256=sha256)])
 
 
 def put(db: sqlite3.Connection, snapshot: Snapshot) -> None:

@@ -70,6 +70,9 @@ class Records(Protocol):
 
     def layer(self, layer_id: str) -> Layer | None: ...
 
+    def note_sha256(self, layer_id: str, sha256: str) -> None:
+        """What the layer's file has, now that somebody has read all of it. Nothing happens if the layer is gone."""
+
     def remove_layers(self, layer_ids: Iterable[str]) -> None: ...
 
     def operations(self, *, unfinished: bool = False, limit: int = 200) -> list[Operation]:

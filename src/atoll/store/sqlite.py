@@ -201,6 +201,10 @@ class SqliteRecords:
             rows = self._rows("SELECT record FROM layers WHERE id = ?", layer_id)
             return _layer.decode(rows[0][0]) if rows else None
 
+    def note_sha256(self, layer_id: str, sha256: str) -> None:
+        with self._transaction() as db:
+            history.note_sha256(db, layer_id, sha256)
+
     def remove_layers(self, layer_ids: Iterable[str]) -> None:
         with self._transaction() as db:
             db.executemany("DELETE FROM layers WHERE id = ?", [(layer_id,) for layer_id in layer_ids])
