@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AtollError, Busy, NotFound, StorageFailed, Unsupported
+from atoll.errors import AtollError, Busy, StorageFailed, Unsupported
 from atoll.model.backup import Backup, BackupDisk, StoredBlob, StoredLayer, blobs_of
 from atoll.model.spec import DiskSpec
 from atoll.model.state import Phase
@@ -29,7 +29,7 @@ from atoll.operations.clone import CUT, CutRequest
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.resolve_disks import without_heads
 from atoll.operations.services import Report, Services
-from atoll.store import backup_folder
+from atoll.store import backup_folder, backup_manifests
 from atoll.store.backup_folder import BackupFolder
 
 ATTEMPTS = 5
@@ -75,7 +75,7 @@ async def backup(
             finally:
                 services.layout.vm_lock(request.id).unlink(missing_ok=True)
         with backup_folder.told(folder, f"read {folder.path}"):
-            made = backup_folder.read_manifest(_manifest(folder, request))
+            made = backup_manifests.read_manifest(_manifest(folder, request))
     if not isinstance(made, Backup):
         raise StorageFailed(f"{vm.name}: the backup was damaged as it was written", made.why, f"Check {folder.path}.")
     return made
@@ -118,8 +118,6 @@ async def _cut(context: Context[BackupRequest]) -> None:
         nvram=_variables(context).name,
         quiesce=request.quiesce,
     )
-    if not request.heads and context.services.records.vm(vm.id) is None:
-        raise NotFound(f"the VM '{vm.name}' is gone", "it was removed")
     done = await perform(
         CUT, wanted, services=context.services, subject=vm.id, subject_name=vm.name, report=context.report
     )
@@ -138,9 +136,8 @@ def _written(vm: Vm) -> list[DiskSpec]:
 
 async def _copy(context: Context[BackupRequest]) -> None:
     services, folder, request = context.services, _folder(context), context.request
-    empty = {
-        layer for backup in _earlier(folder, request.vm) for disk in backup.disks for layer in disk.empty
-    }  # fmt: skip
+    earlier, _ = backup_manifests.manifests(folder, vm_id=request.vm.id)
+    empty = {layer for backup in earlier for disk in backup.disks for layer in disk.empty}
     added = 0
     for attempt in range(ATTEMPTS):
         try:
@@ -159,11 +156,6 @@ async def _copy(context: Context[BackupRequest]) -> None:
                 ) from None
     context.notes["disks"] = msgspec.to_builtins([each.disk for each in stored])
     context.notes["added"] = added + await _copy_blobs(context)
-
-
-def _earlier(folder: BackupFolder, vm: Vm) -> list[Backup]:
-    found, _ = backup_folder.manifests(folder)
-    return [backup for backup in found if backup.vm_id == vm.id]
 
 
 async def _copy_blobs(context: Context[BackupRequest]) -> int:
@@ -191,7 +183,7 @@ async def _record(context: Context[BackupRequest]) -> None:
     services, folder, request = context.services, _folder(context), context.request
     backup = _backup(context, folder)
     with backup_folder.told(folder, f"write to {folder.path}"):
-        backup_folder.put_manifest(folder, backup)
+        backup_manifests.put_manifest(folder, backup)
     _variables(context).unlink(missing_ok=True)
     data = {"backup": backup.id, "folder": request.to, "added": backup.added}
     services.records.add_event("vm.backup", vm_id=request.vm.id, name=request.vm.name, data=data)

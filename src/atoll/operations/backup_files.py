@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from atoll.errors import AtollError, ImageRefused, RecordsFailed, StorageFailed
 from atoll.images import qcow2
@@ -94,23 +95,47 @@ class Stored(Struct):
     missing: list[str]
 
 
+LONGEST_STORED = 256
+"""Layers of a stored chain after which merged ones are taken as they are: one more copy of what they have, and the
+layers from before go with the backups that need them. QEMU opens as many at once when the chain is restored.
+"""
+
+
 def plan(disk: DiskSpec, services: Services, folder: BackupFolder, *, empty: Collection[str]) -> Stored:
     """How a disk is stored. `empty` are layers of which it is known that they have no data. Raises `Vanished`."""
     known = {layer.id: layer for layer in services.records.layers()}
+    chain = layer_chain(disk.layer, known)
+    stored = _plan(disk, chain, known, services, folder, empty)
+    if len(stored.disk.chain) > LONGEST_STORED:
+        whole = {layer: replace(known[layer], merged=()) for layer in chain}
+        stored = _plan(disk, chain, whole, services, folder, empty)
+    return stored
 
+
+def _plan(
+    disk: DiskSpec,
+    layers: list[str],
+    known: Mapping[str, Layer],
+    services: Services,
+    folder: BackupFolder,
+    empty: Collection[str],
+) -> Stored:
     def have(layer_id: str) -> bool:
         return layer_id in empty or backup_folder.stored_layer(folder, layer_id) is not None
 
     chain: list[str] = []
     without_data: list[str] = []
     missing: list[str] = []
-    for layer_id in layer_chain(disk.layer, known):
+    for layer_id in layers:
         parts = expanded(layer_id, known, have)
-        if parts is None and has_data(services.layout.layer(layer_id)):
+        if parts is not None:
+            chain += [part for part in parts if part not in empty]
+            without_data += [part for part in parts if part in empty]
+        elif has_data(services.layout.layer(layer_id)):
+            chain.append(layer_id)
             missing.append(layer_id)
-            parts = [layer_id]
-        for part in [layer_id] if parts is None else parts:
-            (without_data if parts is None or part in empty else chain).append(part)
+        else:
+            without_data.append(layer_id)
     stored = BackupDisk(name=disk.name, size=disk.size, chain=tuple(chain), empty=tuple(without_data))
     return Stored(stored, missing)
 

@@ -6,20 +6,21 @@ from pathlib import Path
 from atoll.errors import InvalidInput, NotFound, StorageFailed
 from atoll.model.backup import Backup
 from atoll.model.names import shown
-from atoll.store import backup_folder
-from atoll.store.backup_folder import BackupFolder, Unreadable
+from atoll.store import backup_folder, backup_manifests
+from atoll.store.backup_folder import BackupFolder
+from atoll.store.backup_manifests import Unreadable
 
 
 def listed(path: str | Path, vm: str | None = None) -> list[Backup]:
     """The backups of a folder that can be read, or of one VM in it, oldest first. Raises `NotFound`."""
     folder = backup_folder.opened(path)
-    found, unreadable = backup_folder.manifests(folder)
+    found, unreadable = backup_manifests.manifests(folder)
     return found if vm is None else of_vm(folder, vm, found, unreadable)
 
 
 def unreadable(path: str | Path) -> list[str]:
     """A sentence about each manifest that can't be read."""
-    _, found = backup_folder.manifests(backup_folder.opened(path))
+    _, found = backup_manifests.manifests(backup_folder.opened(path))
     return [f"{each.path}: {each.why}" for each in found]
 
 
@@ -41,7 +42,7 @@ def find(path: str | Path, reference: str | None = None) -> Backup:
     Raises `NotFound`, `InvalidInput` (fits several), `StorageFailed` when a newer one of that VM can't be read.
     """
     folder = backup_folder.opened(path)
-    backups, damaged = backup_folder.manifests(folder)
+    backups, damaged = backup_manifests.manifests(folder)
     if reference is None:
         return _newest(folder, _only_vm(folder, backups, damaged), damaged)
     exact = [backup for backup in backups if backup.id == reference]

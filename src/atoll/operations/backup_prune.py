@@ -8,7 +8,7 @@ from atoll.model import retention
 from atoll.model.backup import Backup, Keep, KeptBackup, Pruned
 from atoll.operations import backup_find
 from atoll.operations.services import Services
-from atoll.store import backup_folder
+from atoll.store import backup_folder, backup_manifests
 from atoll.store.backup_folder import BackupFolder
 
 
@@ -32,7 +32,7 @@ async def prune(path: str | Path, vm: str, keep: Keep, *, services: Services, dr
 
 
 def _prune(folder: BackupFolder, vm: str, keep: Keep, *, dry_run: bool) -> Pruned:
-    backups, unreadable = backup_folder.manifests(folder)
+    backups, unreadable = backup_manifests.manifests(folder)
     if unreadable:
         raise StorageFailed(
             f"{folder.path} can't be pruned",

@@ -9,7 +9,7 @@ from atoll.model.names import SHORT_ID
 from atoll.operations import backup_files, backup_find
 from atoll.operations.backup_files import Total, Vanished
 from atoll.operations.services import Report
-from atoll.store import backup_folder
+from atoll.store import backup_folder, backup_manifests
 from atoll.store.backup_folder import BackupFolder
 
 COPY_AGAIN = "if the VM still has it, remove this file and make a backup: that copies it again"
@@ -18,9 +18,9 @@ COPY_AGAIN = "if the VM still has it, remove this file and make a backup: that c
 async def verify(path: str | Path, reference: str | None = None, *, report: Report | None = None) -> Verified:
     """Check all backups of the folder, or one (of a VM, the newest). Raises `NotFound`, `StorageFailed`."""
     folder = backup_folder.opened(path)
-    unreadable: list[backup_folder.Unreadable] = []
+    unreadable: list[backup_manifests.Unreadable] = []
     if reference is None:
-        backups, unreadable = backup_folder.manifests(folder)
+        backups, unreadable = backup_manifests.manifests(folder)
     else:
         backups = [backup_find.find(path, reference)]
     damages = [Damage(path=str(each.path), why=each.why, backups=(each.id,)) for each in unreadable]
