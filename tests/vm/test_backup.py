@@ -244,7 +244,9 @@ async def test_a_backup_killed_in_its_cut_is_undone_with_it(factory: Factory, fo
     assert len(await factory.host.backups.ls(folder)) == 1
 
 
-async def test_a_paused_vm_is_backed_up_and_a_suspended_one_is_refused(factory: Factory, elsewhere: Factory, folder: Path) -> None:
+async def test_a_paused_vm_is_backed_up_and_a_suspended_one_is_refused(
+    factory: Factory, elsewhere: Factory, folder: Path
+) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
     await vm.sh("echo kept > /root/file; sync; echo here > /tmp/m")
     await vm.pause()

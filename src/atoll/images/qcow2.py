@@ -21,14 +21,17 @@ MAX_SNAPSHOTS, SNAPSHOT_ENTRY = 65536, 40
 SELF_CONTAINED = "Make it self-contained first: `qemu-img convert -O qcow2 OLD NEW`, where all its files are."
 
 
-def virtual_size(source: SourceFile) -> int:
-    """Bytes of the disk in a self-contained qcow2 file. Raises `ImageRefused` for any other."""
+def virtual_size(source: SourceFile, *, layered: bool = False) -> int:
+    """Bytes of the disk in a self-contained qcow2 file. Raises `ImageRefused` for any other.
+
+    One that is `layered` may name a backing file: it lies on another layer, and what it says of that isn't looked at.
+    """
     if source.peek(0, 4) != MAGIC:
         raise source.refused("it doesn't begin as a qcow2 file does", "Leave --format away to let Atoll find out.")
     version, backing_offset, backing_length, cluster_bits, size, encryption = source.unpack(">IQIIQI", 4)
     if version not in (2, 3):
         raise source.refused(f"qcow version {version} is not supported", SELF_CONTAINED)
-    if backing_offset or backing_length:
+    if not layered and (backing_offset or backing_length):
         backing = source.peek(backing_offset, min(backing_length, 1023)).decode(errors="backslashreplace")
         raise source.refused(f"it needs another file, {backing!r}, as its backing file", SELF_CONTAINED)
     if encryption:
@@ -38,21 +41,6 @@ def virtual_size(source: SourceFile) -> int:
     if version == 3:
         _check_features(source)
     _check_extensions(source, header_length=_header_length(source, version), end=1 << cluster_bits)
-    _check_tables(source, size=size, cluster_bits=cluster_bits)
-    return int(size)
-
-
-def layer_size(source: SourceFile) -> int:
-    """Bytes of the disk in a file of Atoll's own, which may stand on another one. Raises `ImageRefused` if it can't be
-    whole: its beginning is another's, or its tables lie behind its end.
-    """
-    if source.peek(0, 4) != MAGIC:
-        raise source.refused("it doesn't begin as a qcow2 file does", DAMAGED)
-    version, _, _, cluster_bits, size, _ = source.unpack(">IQIIQI", 4)
-    if version not in (2, 3) or not 9 <= cluster_bits <= 21:
-        raise source.refused("its header has impossible values", DAMAGED)
-    if version == 3:
-        _check_features(source)
     _check_tables(source, size=size, cluster_bits=cluster_bits)
     return int(size)
 

@@ -63,14 +63,14 @@ def size_of_layer(path: Path) -> int:
     other files; `StorageFailed`.
     """
     with opened(path) as source:
-        return qcow2.layer_size(source)
+        return qcow2.virtual_size(source, layered=True)
 
 
 def has_data(path: Path) -> bool:
     """Raises `ImageRefused`, `StorageFailed`, `Vanished`."""
     try:
         with opened(path) as source:
-            qcow2.layer_size(source)
+            qcow2.virtual_size(source, layered=True)
             return qcow2.has_data(source)
     except StorageFailed as error:
         if isinstance(error.__cause__, FileNotFoundError):

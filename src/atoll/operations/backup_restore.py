@@ -17,19 +17,17 @@ from msgspec.structs import replace
 
 from atoll.errors import AlreadyExists, ImageRefused, StorageFailed
 from atoll.host import disks, files
-from atoll.model.backup import Backup, StoredBlob, StoredLayer
+from atoll.model.backup import Backup, StoredBlob, StoredLayer, blobs_of
 from atoll.model.image import Layer
 from atoll.model.names import check_vm_name, new_id
 from atoll.model.vm import Vm
-from atoll.operations import backup_files, backup_find, backup_fit
+from atoll.operations import adopt, backup_files, backup_find, backup_fit
 from atoll.operations.backup_files import Total, Vanished
 from atoll.operations.backup_fit import Arrival
-from atoll.operations.collect import collect
 from atoll.operations.create import IMAGES_LOCK, NewVm, make_files, remove_files
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.resolve_disks import with_heads
 from atoll.operations.services import Report, Services
-from atoll.operations.snapshot import adopt
 from atoll.store import backup_folder
 from atoll.store.backup_folder import BackupFolder
 
@@ -98,17 +96,22 @@ async def _record(context: Here) -> None:
 
 async def _unrecord(context: Here) -> None:
     services = context.services
-    if services.records.vm(context.subject) is None:
-        return
-    async with services.lease(IMAGES_LOCK, what="the images"):
+    # On a full disk it can be seen that there is nothing to remove, and not be written.
+    if services.records.vm(context.subject) is not None:
         services.records.remove_vm(context.subject)
-        if any(services.layout.layer(layer).exists() for layer in _new_layers(context.request)):
-            # They aren't this VM's alone: another one may stand on them by now.
-            collect(services, dry_run=False)
+    await adopt.discard(services, _outside(context))
 
 
-def _new_layers(request: RestoreBackupRequest) -> list[str]:
-    return [layer for each in request.arrivals for layer in ([each.flat] if each.flat else each.new.values())]
+def _outside(context: Here) -> adopt.Outside:
+    """What is adopted: each layer once, also when several disks stand on it."""
+    request, source = context.request, _unfinished(context)
+    stored = {layer.id: layer for layer in request.backup.layers}
+    layers = {layer.id: (file, layer) for each in request.arrivals for file, layer in _layers_of(each, stored)}
+    blobs = sorted(blobs_of(request.backup.spec))
+    return adopt.Outside(
+        layers=[(source / f"{file}.qcow2", layer) for file, layer in layers.values()],
+        blobs=[(source / blob, blob) for blob in blobs],
+    )
 
 
 async def _copy(context: Here) -> None:
@@ -166,38 +169,31 @@ async def _remove_unfinished(context: Here) -> None:
 
 
 async def _adopt(context: Here) -> None:
-    services, request, source = context.services, context.request, _unfinished(context)
-    stored = {layer.id: layer for layer in request.backup.layers}
-    async with services.lease(IMAGES_LOCK, what="the images"):
-        layers: dict[str, Layer] = {}
-        for each in request.arrivals:
-            for layer in _layers_of(each, stored):
-                theirs = layer.id if each.flat else next(key for key, value in each.new.items() if value == layer.id)
-                size = adopt(source / f"{theirs}.qcow2", services.layout.layer(layer.id))
-                layers[layer.id] = replace(layer, file_size=size)
-        for blob in request.backup.blobs:
-            if blob.sha256 != request.backup.nvram and (source / blob.sha256).exists():
-                adopt(source / blob.sha256, services.layout.blob(blob.sha256))
-        services.records.freeze(services.vm(context.subject), layers.values())
+    records = context.services.records
+    await adopt.adopt(
+        context.services, _outside(context), lambda new: records.freeze(context.services.vm(context.subject), new)
+    )
 
 
-def _layers_of(arrival: Arrival, stored: dict[str, StoredLayer]) -> list[Layer]:
-    """The records to be. One under another id says whose content it has: so the next backup needn't copy it."""
+def _layers_of(arrival: Arrival, stored: dict[str, StoredLayer]) -> list[tuple[str, Layer]]:
+    """The names of the files, and the records to be. One under another id says whose content it has: so the next
+    backup needn't copy it.
+    """
     if arrival.flat is not None:
-        return [Layer(id=arrival.flat, virtual_size=arrival.size, file_size=0, merged=tuple(arrival.new))]
-    layers: list[Layer] = []
+        flat = Layer(id=arrival.flat, virtual_size=arrival.size, file_size=0, merged=tuple(arrival.new))
+        return [(arrival.flat, flat)]
+    layers: list[tuple[str, Layer]] = []
     parent = arrival.base
     for theirs, ours in arrival.new.items():
-        layers.append(
-            Layer(
-                id=ours,
-                virtual_size=stored[theirs].virtual_size,
-                file_size=0,
-                sha256=stored[theirs].sha256,
-                parent=parent,
-                merged=() if theirs == ours else (theirs,),
-            )
+        layer = Layer(
+            id=ours,
+            virtual_size=stored[theirs].virtual_size,
+            file_size=0,
+            sha256=stored[theirs].sha256,
+            parent=parent,
+            merged=() if theirs == ours else (theirs,),
         )
+        layers.append((theirs, layer))
         parent = ours
     return layers
 

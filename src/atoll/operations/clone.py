@@ -64,7 +64,7 @@ async def clone(
         check_vm_name(name)
     nvram: str | None = None
     if isinstance(source, Vm):
-        spec, image, below = await _present(source, services, report), source.image, source.snapshot
+        spec, image, below = await present(source, services, report), source.image, source.snapshot
         nvram = _variables_of(services, source)
     else:
         spec, image, below, nvram = source.spec, source.image, source.id, source.nvram
@@ -91,8 +91,8 @@ def _own(spec: VmSpec, *, full: bool) -> VmSpec:
     return replace(spec, nics=nics, disks=disks)
 
 
-async def _present(vm: Vm, services: Services, report: Report | None) -> VmSpec:
-    """The VM's disks as layers: as they are at this instant."""
+async def present(vm: Vm, services: Services, report: Report | None) -> VmSpec:
+    """The VM's disks as layers: as they are at this instant. Raises `WrongState`, `Busy`."""
     request = CutRequest(vm_id=vm.id, heads=capture.new_heads(services, vm))
     await perform(CUT, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
     return services.vm(vm.id).spec

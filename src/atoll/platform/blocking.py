@@ -252,6 +252,7 @@ class Images(_Handle[AsyncImages]):
     build = _blocking(AsyncImages.build)
     pull = _blocking(AsyncImages.pull)
     import_file = _blocking(AsyncImages.import_file)
+    create = _blocking(AsyncImages.create)
     tag = _blocking(AsyncImages.tag)
     rm = _blocking(AsyncImages.rm)
     prune = _blocking(AsyncImages.prune)
