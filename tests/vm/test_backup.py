@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 from tests.helpers import leftovers, tool
-from tests.helpers.command import all_at_once, atoll
+from tests.helpers.command import ATOLL, all_at_once, atoll
 from tests.helpers.machines import Factory
 from tests.helpers.world import disagreements
 
@@ -229,6 +229,41 @@ async def test_a_killed_backup_leaves_a_valid_folder_and_the_next_one_clears_it(
     assert code == 0
     assert await disagreements(factory.layout) == []
     assert await vm.sh("echo alive") == "alive"
+
+
+async def test_ctrl_c_ends_a_backup_and_leaves_nothing(factory: Factory, folder: Path) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("dd if=/dev/urandom of=/root/big bs=1M count=64 2>/dev/null; sync")
+    process = subprocess.Popen([*ATOLL, "backup", "v", "--to", str(folder)], stderr=subprocess.PIPE, text=True)
+    async with asyncio.timeout(120):
+        while not any(path.stat().st_size for path in folder.glob("tmp/*-layer")):
+            await asyncio.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = await asyncio.to_thread(process.communicate, timeout=120)
+    assert (process.returncode, said) == (130, "Error: cancelled: what it had begun was undone\n")
+    assert not any((folder / "tmp").iterdir())
+    assert await factory.host.backups.ls(folder) == []
+    assert await disagreements(factory.layout) == []
+
+
+async def test_another_layer_with_the_same_id_is_never_taken_for_ours(factory: Factory, folder: Path) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo one > /root/file; sync")
+    await vm.backup(folder)
+    layer = vm.record.spec.disks[0].layer or ""
+    services = Services(factory.layout)
+    try:
+        record = services.records.layer(layer)
+        assert record is not None and record.sha256, "its checksum is known since it was read"
+        # As in a home that was copied before this layer was frozen, and went another way.
+        services.records.put_layers([replace(record, sha256="0" * 64)])
+        with pytest.raises(StorageFailed, match="has another layer"):
+            await vm.backup(folder)
+        services.records.put_layers([replace(record, sha256="")])
+        await vm.backup(folder)
+        assert services.records.layer(layer) == record
+    finally:
+        services.close()
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

@@ -143,6 +143,8 @@ async def _copy(context: Context[BackupRequest]) -> None:
         try:
             stored = [backup_files.plan(disk, services, folder, empty=empty) for disk in _written(request.vm)]
             missing = list(dict.fromkeys(layer for each in stored for layer in each.missing))
+            there = dict.fromkeys(layer for each in stored for layer in each.disk.chain if layer not in missing)
+            await backup_files.agree(services, folder, there, context.report)
             sizes = {layer: services.layout.layer(layer).stat().st_size for layer in missing}
             total = Total(context.report, sum(sizes.values()), "copy layers")
             for layer in missing:

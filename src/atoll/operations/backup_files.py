@@ -1,6 +1,6 @@
 """The layers and plain files of a backup: which of them the folder has, and the way there."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from msgspec import Struct
@@ -158,6 +158,26 @@ async def store_layer(services: Services, folder: BackupFolder, layer_id: str, *
         backup_folder.keep(target, folder.layer(layer_id))
     if layer is not None and not layer.sha256:
         note(services, layer_id, sha256)
+
+
+async def agree(services: Services, folder: BackupFolder, layers: Iterable[str], report: Report) -> None:
+    """Prove that what the folder has of these layers is what is here under their ids; one that nobody has read yet is
+    read. Raises `StorageFailed`, `Vanished`.
+    """
+    for layer_id in layers:
+        layer, stored = services.records.layer(layer_id), backup_folder.stored_layer(folder, layer_id)
+        if layer is None or stored is None:
+            continue
+        sha256 = layer.sha256
+        if not sha256:
+            sha256, _ = await read(services.layout.layer(layer_id), total=Total(report, stored.size, "compare layers"))
+            note(services, layer_id, sha256)
+        if sha256 != stored.sha256:
+            raise StorageFailed(
+                f"{folder.path} has another layer {layer_id[:SHORT_ID]} than this computer",
+                "it was altered here or there, or two computers write there, and one began as a copy of the other",
+                f"Check it with `atoll backup verify --in {folder.path}`, or use another folder for this computer.",
+            )
 
 
 def note(services: Services, layer_id: str, sha256: str) -> None:

@@ -10,6 +10,8 @@ from atoll.store import backup_folder, backup_manifests
 from atoll.store.backup_folder import BackupFolder
 from atoll.store.backup_manifests import Unreadable
 
+_TIME = len("20260131T235959Z")
+
 
 def listed(path: str | Path, vm: str | None = None) -> list[Backup]:
     """The backups of a folder that can be read, or of one VM in it, oldest first. Raises `NotFound`."""
@@ -71,8 +73,8 @@ def _only_vm(folder: BackupFolder, backups: list[Backup], damaged: Sequence[Unre
 def _newest(folder: BackupFolder, backups: Sequence[Backup], damaged: Sequence[Unreadable]) -> Backup:
     newest = max(backups, key=lambda backup: (backup.created_at, backup.id))
     for each in damaged:
-        # Ids begin with their time. An older one instead of the one that was meant would be a bad surprise.
-        if each.vm_id == newest.vm_id and each.id > newest.id:
+        # Ids begin with their time, to the second. An older one than was meant would be a bad surprise.
+        if each.vm_id == newest.vm_id and each.id[:_TIME] >= newest.id[:_TIME]:
             raise StorageFailed(
                 f"the newest backup of {newest.vm_name} can't be read",
                 f"{each.path}: {each.why}",

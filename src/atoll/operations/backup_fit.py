@@ -40,6 +40,7 @@ async def arrivals(backup: Backup, services: Services, report: Report) -> list[A
     """Raises `StorageFailed` when a layer that is here can't be read."""
     known = {layer.id: layer for layer in services.records.layers()}
     stored = {layer.id: layer for layer in backup.layers}
+    taken = _taken(services, known)
     ids: dict[str, str] = {}
     found = []
     for disk in backup.disks:
@@ -53,13 +54,15 @@ async def arrivals(backup: Backup, services: Services, report: Report) -> list[A
             continue
         for layer in above:
             # Disks that were made of one image have layers in common.
-            ids.setdefault(layer, new_id() if _taken(services, layer, known) else layer)
+            ids.setdefault(layer, new_id() if layer in taken else layer)
         found.append(Arrival(disk=disk.name, size=disk.size, base=base, new={each: ids[each] for each in above}))
     return found
 
 
-def _taken(services: Services, layer_id: str, known: Mapping[str, Layer]) -> bool:
-    return layer_id in known or services.layout.layer(layer_id).exists()
+def _taken(services: Services, known: Mapping[str, Layer]) -> set[str]:
+    """Ids of layers, and of heads, which become layers."""
+    specs = [spec for vm in services.records.vms() for spec in (vm.spec, vm.pending) if spec]
+    return {*known, *(disk.head for spec in specs for disk in spec.disks)}
 
 
 async def _here(
