@@ -14,6 +14,7 @@ from typing import Any
 import atoll
 from atoll.host import facts
 from atoll.host.sockets import connect
+from atoll.model.requests import DiskRequest
 from atoll.model.spec import DiskSpec
 from atoll.operations.boot import Incoming, make_plan
 from atoll.operations.services import Services
@@ -31,6 +32,8 @@ HEARTBEAT = "while :; do echo .; done"
 SETTLE = 0.3
 """Seconds of the heartbeat before and after what is measured."""
 FORKS = 100
+CHANGED = 100_000_000
+"""Bytes between two backups."""
 GIB = 1 << 30
 
 
@@ -239,12 +242,43 @@ def _translated(pid: int) -> float:
     return float(total)
 
 
+def backups(side: Side, repetitions: int) -> Iterator[Figures]:
+    """What an incremental backup reads and writes for each byte that has changed."""
+    disk = DiskRequest(name="data", size="10GiB")
+    vm = side.host.create("tiny", name=f"{NAME}-backup", memory="512MiB", disks=(disk,))
+    vm.start(wait=True, timeout=120)
+    folder = side.folder / "backups"
+    case = "incremental backup of 100 MB on a 10 GiB disk"
+    rows = [Figures(f"{case}: {verb}", "× changed", (Goal(limit=1.2),)) for verb in ("read", "written")]
+    seconds = Figures("the same: time", "ms", ())
+    for number in range(repetitions + 1):
+        script = f"dd if=/dev/urandom of=/dev/vdb bs=1000000 count=100 seek={number * 70} conv=fsync 2>/dev/null"
+        if vm.exec(["sh", "-c", script]).exit_code != 0:
+            raise RuntimeError("the guest couldn't write")
+        before, began = _own_io(), time.perf_counter()
+        vm.backup(folder)
+        took, after = time.perf_counter() - began, _own_io()
+        if number:  # the first one copies the whole disk
+            seconds.values.setdefault("atoll", []).append(took * 1000)
+            for row, was, now in zip(rows, before, after, strict=True):
+                row.values.setdefault("atoll", []).append((now - was) / CHANGED)
+    vm.rm(force=True)
+    yield from (*rows, seconds)
+
+
+def _own_io() -> tuple[int, int]:
+    """Bytes that this process has read and written in its life, from a disk or not."""
+    words = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(words["rchar"]), int(words["wchar"])
+
+
 def figures(ours: Atoll, folder: Path, repetitions: int, tell: Callable[[str], None], *, peers: bool) -> list[Figures]:
     """All cases of this page."""
     folder.mkdir()
     side = Side(ours, folder)
     try:
         rows = [measure(case, tell) for case in _cases(side, repetitions, peers=peers)]
+        rows += backups(side, min(repetitions, 3))
         return [*rows, *(many_forks(side) if repetitions > 2 else ())]
     finally:
         side.close()

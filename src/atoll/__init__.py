@@ -17,6 +17,7 @@ from atoll.errors import AtollError
 TYPE_CHECKING = False  # type checkers know it by its name; importing `typing` takes longer than all the rest
 if TYPE_CHECKING:
     from atoll.layout import Layout
+    from atoll.model.backup import Backup, Keep
     from atoll.model.finding import Finding
     from atoll.model.image import Image
     from atoll.model.operation import Operation, Progress
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "atoll.layout": ("Layout",),
     "atoll.model.finding": ("Finding",),
+    "atoll.model.backup": ("Backup", "Keep"),
     "atoll.model.image": ("Image",),
     "atoll.model.operation": ("Operation", "Progress"),
     "atoll.model.requests": (
@@ -83,6 +85,7 @@ __all__ = [
     "AsyncHost",
     "AsyncVm",
     "AtollError",
+    "Backup",
     "BuildRequest",
     "Change",
     "CreateRequest",
@@ -95,6 +98,7 @@ __all__ = [
     "Host",
     "Image",
     "ImportRequest",
+    "Keep",
     "Layout",
     "Operation",
     "Phase",

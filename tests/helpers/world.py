@@ -9,6 +9,7 @@ from atoll.layout import Layout
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
 from atoll.operations import observe
+from atoll.operations.collect import needed
 from atoll.operations.services import Services
 from atoll.qemu import devices
 from atoll.qemu.monitor import Monitor
@@ -49,7 +50,7 @@ def _of_folders(layout: Layout, vms: list[Vm]) -> list[str]:
 
 def _of_images(layout: Layout, services: Services) -> list[str]:
     blobs = {blob for image in services.records.images() for blob in image.blob_ids}
-    blobs |= {snapshot.nvram for snapshot in services.records.snapshots() if snapshot.nvram}
+    blobs |= needed(services).blobs
     recorded = {f"{layer.id}.qcow2" for layer in services.records.layers()}
     return _compared("layer", _names(layout.layers), recorded) + _compared("blob", _names(layout.blobs), blobs)
 

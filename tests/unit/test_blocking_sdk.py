@@ -25,6 +25,7 @@ PAIRS = [
     (api.AsyncImages, blocking.Images),
     (api.AsyncOperations, blocking.Operations),
     (api.AsyncPools, blocking.Pools),
+    (api.AsyncBackups, blocking.Backups),
     (api.Terminal, blocking.BlockingTerminal),
 ]
 

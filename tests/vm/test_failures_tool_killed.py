@@ -2,6 +2,7 @@
 and what is recorded is what is there.
 """
 
+import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,6 +237,32 @@ async def is_short(stage: Stage) -> bool:
     return len(layer_chain((await stage.vm()).record.spec.disks[0].layer, layers)) <= 2
 
 
+async def no_backups(stage: Stage) -> None:
+    await no_snapshots(stage)
+    shutil.rmtree(stage.factory.folder / "backups", ignore_errors=True)
+
+
+async def is_backed_up(stage: Stage) -> bool:
+    assert await (await stage.vm()).read("/root/file") == "kept"
+    folder = stage.factory.folder / "backups"
+    if not (folder / "atoll-backup.json").exists():
+        return False
+    assert (await stage.factory.host.backups.verify(folder)).damages == ()
+    return bool(await stage.factory.host.backups.ls(folder))
+
+
+async def one_backup(stage: Stage) -> None:
+    """Of a VM that has gone since, and with it the layers that are to come."""
+    folder = stage.factory.folder / "backups"
+    if not folder.exists():
+        await no_snapshots(stage)
+        vm = await stage.vm()
+        await vm.backup(folder)
+        await vm.rm(force=True)
+    if await stage.exists("new"):
+        await (await stage.factory.host.get("new")).rm(force=True)
+
+
 CASES: dict[str, Case] = {
     "create": Case(nothing_made, "await host.create('tiny', name='new', memory='96MiB')", lambda s: s.exists("new")),
     "start": Case(stopped, "await (await host.get('v')).start()", _is(Phase.RUNNING)),
@@ -272,6 +299,10 @@ CASES: dict[str, Case] = {
     "suspend": Case(woken, "await (await host.get('v')).suspend()", is_suspended),
     "take": Case(one_waits, "await host.pools.take('v@s', 'taken')", is_taken),
     "merge": Case(long_chain, MERGE_SHORT_CHAINS, is_short),
+    "backup": Case(no_backups, "await (await host.get('v')).backup({backups!r})", is_backed_up),
+    "restore backup": Case(
+        one_backup, "await host.backups.restore({backups!r}, 'v', 'new')", lambda s: s.exists("new")
+    ),
     "image": Case(
         no_image, "await host.images.import_file(ImportRequest(path={blank!r}, name='blank', format='raw'))", has_image
     ),
@@ -296,7 +327,10 @@ async def stage(factory: Factory) -> Stage:
 
 
 def action_of(case: Case, stage: Stage, number: int = 0) -> str:
-    return case.action.format(port=stage.port, number=number, blank=str(stage.factory.folder / "blank.img"))
+    folder = stage.factory.folder
+    return case.action.format(
+        port=stage.port, number=number, blank=str(folder / "blank.img"), backups=str(folder / "backups")
+    )
 
 
 async def settled(factory: Factory) -> list[str]:

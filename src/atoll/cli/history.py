@@ -116,28 +116,46 @@ def tree(nodes: "Sequence[HistoryNode]") -> "Iterable[tuple[str, HistoryNode]]":
 
 
 @click.command("restore")
-@click.argument("vm", type=VM)
-@click.argument("snapshot", type=SNAPSHOT)
+@click.argument("vm", type=VM, required=False)
+@click.argument("snapshot", type=SNAPSHOT, required=False)
+@click.option("--from", "folder", metavar="DIR", help="A backup from this folder, as a new VM.")
 @click.option("--keep", is_flag=True, help="Take a snapshot of the present first.")
 @click.option("--disk-only", is_flag=True, help="Leave its memory; a VM that runs is booted.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def restore_command(vm: str, snapshot: str, keep: bool, disk_only: bool, quiet: bool) -> None:
+def restore_command(
+    vm: str | None, snapshot: str | None, folder: str | None, keep: bool, disk_only: bool, quiet: bool
+) -> None:
     """Make a VM what it was; with memory its guest simply goes on from there, else a running VM is booted.
 
     The present is lost, unless --keep takes a snapshot of it first. If the restore fails, the VM is as it was.
+
+    With --from DIR a new, stopped VM is made of a backup: `restore --from DIR [VM|BACKUP] [NAME]`; of a VM it is the
+    newest. It is named as it was, unless NAME says otherwise.
 
     \b
     Examples:
       atoll restore web before-upgrade
       atoll restore --keep web before-upgrade
+      atoll restore --from /mnt/backups web
+      atoll restore --from /mnt/backups 20260131T02 web-of-january
     """
+    if folder is not None:
+        if keep or disk_only:
+            raise click.UsageError("--keep and --disk-only don't go with --from: that makes a new VM")
+        from atoll.cli.backup import restore_backup
+
+        restore_backup(folder, vm, snapshot, quiet=quiet)
+        return
+    if vm is None or snapshot is None:
+        raise click.UsageError(f"Missing argument '{'VM' if vm is None else 'SNAPSHOT'}'")
+    name, kept = vm, snapshot
     from atoll.cli.progress import Shown
     from atoll.cli.session import perform
 
     async def action(host: "AsyncHost") -> None:
-        found = await host.get(vm)
-        with Shown(f"restoring {vm}", quiet=quiet) as shown:
-            await found.restore(snapshot, keep=keep, disk_only=disk_only, report=shown.report)
+        found = await host.get(name)
+        with Shown(f"restoring {name}", quiet=quiet) as shown:
+            await found.restore(kept, keep=keep, disk_only=disk_only, report=shown.report)
 
     perform(action)
 

@@ -57,6 +57,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "fork": "fork",
         "pool": "fork",
     },
+    "Backups": {"backup": "backup"},
     "Images": {"image": "image"},
     "This computer": {
         "events": "journal",

@@ -21,14 +21,17 @@ MAX_SNAPSHOTS, SNAPSHOT_ENTRY = 65536, 40
 SELF_CONTAINED = "Make it self-contained first: `qemu-img convert -O qcow2 OLD NEW`, where all its files are."
 
 
-def virtual_size(source: SourceFile) -> int:
-    """Bytes of the disk in a self-contained qcow2 file. Raises `ImageRefused` for any other."""
+def virtual_size(source: SourceFile, *, layered: bool = False) -> int:
+    """Bytes of the disk in a self-contained qcow2 file. Raises `ImageRefused` for any other.
+
+    One that is `layered` may name a backing file: it lies on another layer, and what it says of that isn't looked at.
+    """
     if source.peek(0, 4) != MAGIC:
         raise source.refused("it doesn't begin as a qcow2 file does", "Leave --format away to let Atoll find out.")
     version, backing_offset, backing_length, cluster_bits, size, encryption = source.unpack(">IQIIQI", 4)
     if version not in (2, 3):
         raise source.refused(f"qcow version {version} is not supported", SELF_CONTAINED)
-    if backing_offset or backing_length:
+    if not layered and (backing_offset or backing_length):
         backing = source.peek(backing_offset, min(backing_length, 1023)).decode(errors="backslashreplace")
         raise source.refused(f"it needs another file, {backing!r}, as its backing file", SELF_CONTAINED)
     if encryption:
@@ -55,6 +58,12 @@ def layer_size(source: SourceFile) -> int:
         _check_features(source)
     _check_tables(source, size=size, cluster_bits=cluster_bits)
     return int(size)
+
+
+def has_data(source: SourceFile) -> bool:
+    """Whether a layer has anything of its own: without, what is below it shows through everywhere."""
+    l1_entries, l1_offset = source.unpack(">IQ", 36)
+    return _used_entries(source.read(l1_offset, l1_entries * 8)) > 0
 
 
 def _check_features(source: SourceFile) -> None:

@@ -54,6 +54,10 @@ class Image(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     kernel: str | None = None
     initrd: str | None = None
     cmdline: str = ""
+    nvram: str | None = None
+    """SHA-256 of the blob with the UEFI variables that its disks boot by; the firmware's empty ones when None."""
+    copy: bool = False
+    """Its disks were a machine's, so each VM that is made from it is to get an identity of its own."""
     machine: Machine | None = None
     memory: int | None = None
     """Bytes a VM gets unless told otherwise."""
@@ -74,5 +78,5 @@ class Image(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def blob_ids(self) -> tuple[str, ...]:
-        blobs = [disk.blob for disk in self.disks] + [self.kernel, self.initrd]
+        blobs = [disk.blob for disk in self.disks] + [self.kernel, self.initrd, self.nvram]
         return tuple(blob for blob in blobs if blob)

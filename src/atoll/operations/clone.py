@@ -8,26 +8,35 @@ A clone of a snapshot is `create` on other layers. Of a VM's present, the VM is 
     cut       put the VM on its new heads, freeze the old     finish the cut, if QEMU has made it
 """
 
+import contextlib
 import time
+from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
-from atoll.errors import NotFound
+from atoll.errors import Busy, NotFound
 from atoll.model.names import check_vm_name, new_id
 from atoll.model.snapshot import Snapshot
 from atoll.model.spec import VmSpec
+from atoll.model.state import Phase
 from atoll.model.vm import Vm
 from atoll.operations import capture, merge, resolve, resolve_disks
 from atoll.operations.create import CREATE, NewVm
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.restore import find_snapshot
 from atoll.operations.services import Report, Services
+from atoll.operations.snapshot import frozen
 
 
 class CutRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     vm_id: str
     heads: dict[str, str]
+    expected: dict[str, str] = field(default_factory=dict)
+    """The heads that are to become layers, by the disk's name; any when empty."""
+    nvram: str = ""
+    """The name of a temporary file for the UEFI variables of that instant."""
+    quiesce: bool = False
 
 
 def find_source(reference: str, services: Services) -> Vm | Snapshot:
@@ -55,7 +64,7 @@ async def clone(
         check_vm_name(name)
     nvram: str | None = None
     if isinstance(source, Vm):
-        spec, image, below = await _present(source, services, report), source.image, source.snapshot
+        spec, image, below = await present(source, services, report), source.image, source.snapshot
         nvram = _variables_of(services, source)
     else:
         spec, image, below, nvram = source.spec, source.image, source.id, source.nvram
@@ -82,8 +91,8 @@ def _own(spec: VmSpec, *, full: bool) -> VmSpec:
     return replace(spec, nics=nics, disks=disks)
 
 
-async def _present(vm: Vm, services: Services, report: Report | None) -> VmSpec:
-    """The VM's disks as layers: as they are at this instant."""
+async def present(vm: Vm, services: Services, report: Report | None) -> VmSpec:
+    """The VM's disks as layers: as they are at this instant. Raises `WrongState`, `Busy`."""
     request = CutRequest(vm_id=vm.id, heads=capture.new_heads(services, vm))
     await perform(CUT, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
     merge.begin(services, vm.id)
@@ -106,7 +115,16 @@ def _variables_of(services: Services, vm: Vm) -> str | None:
 
 
 async def _check(context: Context[CutRequest]) -> None:
-    capture.check(context, context.request.heads)
+    request = context.request
+    capture.check(context, request.heads)
+    heads = {disk.name: disk.head for disk in context.vm.spec.disks if disk.head}
+    if request.expected and heads != request.expected:
+        raise Busy(f"{context.vm.name}: its disks have just been changed", next_step="Try again.")
+
+
+def _variables(context: Context[CutRequest]) -> Path | None:
+    name = context.request.nvram
+    return context.services.layout.temporary / name if name else None
 
 
 async def _make_heads(context: Context[CutRequest]) -> None:
@@ -118,11 +136,18 @@ async def _remove_heads(context: Context[CutRequest]) -> None:
 
 
 async def _cut(context: Context[CutRequest]) -> None:
-    await capture.cut(context, capture.Cut(heads=context.request.heads))
+    request = context.request
+    wanted = capture.Cut(heads=request.heads, nvram=_variables(context))
+    quiet = request.quiesce and context.notes["phase"] == Phase.RUNNING
+    async with frozen(context) if quiet else contextlib.nullcontext():
+        await capture.cut(context, wanted)
 
 
 async def _finish_cut(context: Context[CutRequest]) -> None:
     await capture.finish_cut(context, context.request.heads)
+    variables = _variables(context)
+    if variables is not None:
+        variables.unlink(missing_ok=True)
 
 
 CUT = Verb(

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct, field
 
@@ -49,9 +50,10 @@ class NewVm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 async def create(request: CreateRequest, *, services: Services, report: Report | None = None) -> Vm:
     """A stopped VM. Raises `InvalidInput`, `NotFound` (image), `AlreadyExists` (name or port), `StorageFailed`."""
-    vm = await _resolved(request, services)
+    new = await _resolved(request, services)
+    vm = new.vm
     try:
-        await perform(CREATE, NewVm(vm=vm), services=services, subject=vm.id, subject_name=vm.name, report=report)
+        await perform(CREATE, new, services=services, subject=vm.id, subject_name=vm.name, report=report)
     except AlreadyExists:
         if request.name is not None or all(other.name != vm.name for other in services.records.vms()):
             raise
@@ -60,7 +62,7 @@ async def create(request: CreateRequest, *, services: Services, report: Report |
     return services.vm(vm.id)
 
 
-async def _resolved(request: CreateRequest, services: Services) -> Vm:
+async def _resolved(request: CreateRequest, services: Services) -> NewVm:
     if request.name is not None:
         names.check_vm_name(request.name)
     everything = services.records.images() if request.image or request.cdrom or request.disks else []
@@ -76,7 +78,7 @@ async def _resolved(request: CreateRequest, services: Services) -> Vm:
     spec = resolve.with_disk_images(
         spec, request, {d.image: find_image(d.image, everything) for d in request.disks if d.image}
     )
-    return Vm(
+    vm = Vm(
         id=names.new_id(),
         name=request.name or resolve.made_up_name({vm.name for vm in services.records.vms()}),
         image=image.name if image else "",
@@ -85,6 +87,8 @@ async def _resolved(request: CreateRequest, services: Services) -> Vm:
         labels=resolve.check_labels(request.labels),
         remove_when_stopped=request.remove_when_stopped,
     )
+    nvram = image.nvram if image is not None and spec.boot.firmware == "uefi" else None
+    return NewVm(vm=vm, nvram=nvram, copy=image is not None and image.copy)
 
 
 def find_image(reference: str, images: Sequence[Image]) -> Image:
@@ -150,7 +154,7 @@ async def _unrecord(context: Context[NewVm]) -> None:
         context.services.records.remove_vm(context.subject)
 
 
-async def _files(context: Context[NewVm]) -> None:
+async def make_files(context: Context[NewVm]) -> None:
     layout, request, spec = context.services.layout, context.request, context.request.vm.spec
     paths = layout.vm(context.subject)
     files.make_folder(paths.logs)
@@ -189,7 +193,7 @@ async def _write_seed(vm: Vm, path: Path) -> None:
     write_seed(path, seed=vm.spec.seed, hostname=vm.name, instance_id=vm.id, install_agent=agent_missing)
 
 
-async def _remove_files(context: Context[NewVm]) -> None:
+async def remove_files(context: Context[Any]) -> None:
     paths = context.services.layout.vm(context.subject)
     for folder in (paths.home, paths.run):
         shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
@@ -205,7 +209,7 @@ CREATE = Verb(
     request=NewVm,
     steps=(
         Step("record", _record, _unrecord),
-        Step("files", _files, _remove_files),
+        Step("files", make_files, remove_files),
         Step("tell", _tell),
     ),
 )

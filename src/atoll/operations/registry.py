@@ -3,6 +3,8 @@
 from typing import Any
 
 from atoll.operations import (
+    backup,
+    backup_restore,
     clone,
     configure,
     create,
@@ -45,5 +47,7 @@ VERBS: dict[str, Verb[Any]] = {
         suspend.SUSPEND,
         pool.TAKE,
         merge.MERGE,
+        backup.BACKUP,
+        backup_restore.RESTORE_BACKUP,
     )
 }

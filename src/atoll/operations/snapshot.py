@@ -16,6 +16,7 @@ disks are cut until writes to its memory are tracked.
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -140,14 +141,14 @@ async def _cut(context: Context[SnapshotRequest]) -> None:
         heads=request.heads, memory=_memory(context) if request.memory else None, nvram=_variables(context)
     )
     if request.quiesce and context.notes["phase"] == Phase.RUNNING:
-        async with _frozen(context):
+        async with frozen(context):
             await capture.cut(context, wanted)
     else:
         await capture.cut(context, wanted)
 
 
 @contextlib.asynccontextmanager
-async def _frozen(context: Context[SnapshotRequest]) -> AsyncIterator[None]:
+async def frozen(context: Context[Any]) -> AsyncIterator[None]:
     """The guest's file systems, frozen. Raises `GuestFailed` when the agent can't."""
     from atoll.operations.guest_agent import exchange
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from atoll.model.backup import Backup, Keep, Pruned, Verified
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.image import Image
@@ -169,6 +170,14 @@ class AsyncVm(Protocol):
     async def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "AsyncVm":
         """A stopped VM with this one's disks as they are now; with `full` it shares nothing with it."""
 
+    async def backup(
+        self, to: str | Path, *, message: str = "", quiesce: bool = False, report: Report | None = None
+    ) -> Backup:
+        """Copy what the folder `to` hasn't got of its disks as they are now; whatever it does, it goes on.
+
+        `quiesce` freezes the guest's file systems for that moment.
+        """
+
 
 class AsyncImages(Protocol):
     """The images of a host."""
@@ -178,6 +187,10 @@ class AsyncImages(Protocol):
     async def build(self, request: BuildRequest | str, *, report: Report | None = None) -> Image: ...
     async def pull(self, request: PullRequest | str, *, report: Report | None = None) -> Image: ...
     async def import_file(self, request: ImportRequest, *, report: Report | None = None) -> Image: ...
+
+    async def create(self, source: str, name: str, *, report: Report | None = None) -> Image:
+        """Name a VM's present (`web`) or a snapshot (`web@clean`, or its id), so that VMs can be made from it."""
+
     async def tag(self, reference: str, name: str) -> Image: ...
 
     async def rm(self, reference: str, *, force: bool = False) -> None:
@@ -218,6 +231,34 @@ class AsyncPools(Protocol):
         """Remove those that wait; returns how many there were."""
 
 
+class AsyncBackups(Protocol):
+    """Folders of backups. A backup is named by its id or the beginning of that, or by its VM, whose newest it is."""
+
+    async def ls(self, folder: str | Path, vm: str | None = None) -> list[Backup]:
+        """Those that can be read, oldest first."""
+
+    async def unreadable(self, folder: str | Path) -> list[str]:
+        """A sentence about each backup whose manifest can't be read."""
+
+    async def show(self, folder: str | Path, backup: str | None = None) -> Backup: ...
+
+    async def verify(self, folder: str | Path, backup: str | None = None, *, report: Report | None = None) -> Verified:
+        """Read every file that the backups, or one, need, and tell which are damaged."""
+
+    async def prune(self, folder: str | Path, vm: str, keep: Keep, *, dry_run: bool = False) -> Pruned:
+        """Remove the backups of a VM that the policy doesn't keep, and the files that no backup needs."""
+
+    async def restore(
+        self,
+        folder: str | Path,
+        backup: str | None = None,
+        name: str | None = None,
+        *,
+        report: Report | None = None,
+    ) -> AsyncVm:
+        """A new, stopped VM; named as it was, unless `name` says otherwise. All is verified while it is copied."""
+
+
 class AsyncHost(Protocol):
     """A computer that runs VMs."""
 
@@ -227,6 +268,8 @@ class AsyncHost(Protocol):
     def operations(self) -> AsyncOperations: ...
     @property
     def pools(self) -> AsyncPools: ...
+    @property
+    def backups(self) -> AsyncBackups: ...
 
     async def __aenter__(self) -> "AsyncHost": ...
     async def __aexit__(self, *exc: object) -> None: ...
@@ -282,4 +325,4 @@ class AsyncHost(Protocol):
         """What recovery did to operations that a killed process had left, told once."""
 
 
-__all__ = ["AsyncHost", "AsyncImages", "AsyncOperations", "AsyncPools", "AsyncVm", "Terminal", "Vm"]
+__all__ = ["AsyncBackups", "AsyncHost", "AsyncImages", "AsyncOperations", "AsyncPools", "AsyncVm", "Terminal", "Vm"]

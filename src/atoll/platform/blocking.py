@@ -11,6 +11,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -19,6 +20,7 @@ from atoll.errors import Cancelled, WrongState
 from atoll.model.requests import CreateRequest
 from atoll.model.vm import ExecRequest, ExecResult
 from atoll.platform.api import (
+    AsyncBackups,
     AsyncHost,
     AsyncImages,
     AsyncOperations,
@@ -197,6 +199,7 @@ class Vm(_Handle[AsyncVm]):
     restore = _blocking(AsyncVm.restore)
     forget = _blocking(AsyncVm.forget)
     diff = _blocking(AsyncVm.diff)
+    backup = _blocking(AsyncVm.backup)
 
     def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> Copies:
         """Running copies of this instant, their memory shared until it is written; this one runs on."""
@@ -250,6 +253,7 @@ class Images(_Handle[AsyncImages]):
     build = _blocking(AsyncImages.build)
     pull = _blocking(AsyncImages.pull)
     import_file = _blocking(AsyncImages.import_file)
+    create = _blocking(AsyncImages.create)
     tag = _blocking(AsyncImages.tag)
     rm = _blocking(AsyncImages.rm)
     prune = _blocking(AsyncImages.prune)
@@ -277,6 +281,28 @@ class Pools(_Handle[AsyncPools]):
         return Vm(self._calls.wait_for(lambda: self._inner.take(snapshot, name)), self._calls)
 
 
+class Backups(_Handle[AsyncBackups]):
+    """Folders of backups; see `platform/api.py`."""
+
+    ls = _blocking(AsyncBackups.ls)
+    unreadable = _blocking(AsyncBackups.unreadable)
+    show = _blocking(AsyncBackups.show)
+    verify = _blocking(AsyncBackups.verify)
+    prune = _blocking(AsyncBackups.prune)
+
+    def restore(
+        self,
+        folder: str | Path,
+        backup: str | None = None,
+        name: str | None = None,
+        *,
+        report: Report | None = None,
+    ) -> Vm:
+        """A new, stopped VM; named as it was, unless `name` says otherwise. All is verified while it is copied."""
+        restore = functools.partial(self._inner.restore, folder, backup, name, report=report)
+        return Vm(self._calls.wait_for(restore), self._calls)
+
+
 class Host(_Handle[AsyncHost]):
     """A computer that runs VMs; see `platform/api.py`. It is open inside its `with` block."""
 
@@ -294,6 +320,10 @@ class Host(_Handle[AsyncHost]):
     @property
     def pools(self) -> Pools:
         return Pools(self._inner.pools, self._calls)
+
+    @property
+    def backups(self) -> Backups:
+        return Backups(self._inner.backups, self._calls)
 
     def __enter__(self) -> Self:
         self._calls.open()
@@ -353,4 +383,4 @@ class Host(_Handle[AsyncHost]):
         return self._inner.notices()
 
 
-__all__ = ["BlockingTerminal", "Host", "Images", "Operations", "Pools", "Vm"]
+__all__ = ["Backups", "BlockingTerminal", "Host", "Images", "Operations", "Pools", "Vm"]

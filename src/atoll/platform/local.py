@@ -13,6 +13,7 @@ from atoll.model.vm import Event, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import Report
 from atoll.platform.copies import AsyncCopies
+from atoll.platform.local_backups import LocalBackups
 from atoll.platform.local_parts import LocalImages, LocalOperations, LocalPools
 from atoll.platform.local_vm import LocalVm
 
@@ -86,6 +87,10 @@ class LocalHost:
     @property
     def pools(self) -> LocalPools:
         return LocalPools(self._services)
+
+    @property
+    def backups(self) -> LocalBackups:
+        return LocalBackups(self._services)
 
     async def __aenter__(self) -> Self:
         self._notices += await _settle(self._services)

@@ -41,6 +41,12 @@ class LocalImages:
 
         return await make_image(request, services=self._services, report=report)
 
+    async def create(self, source: str, name: str, *, report: Report | None = None) -> Image:
+        from atoll.operations.clone import find_source
+        from atoll.operations.image_create import create_image
+
+        return await create_image(find_source(source, self._services), name, services=self._services, report=report)
+
     async def tag(self, reference: str, name: str) -> Image:
         from atoll.operations.images import tag
 

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
+from atoll.model.backup import Backup
 from atoll.model.difference import Difference
 from atoll.model.requests import DiskRequest, SetRequest
 from atoll.model.snapshot import HistoryNode, Snapshot
@@ -299,6 +300,14 @@ class LocalVm:
 
         made = await clone(self._record(), name, services=self._services, full=full, report=report)
         return LocalVm(self._services, made)
+
+    async def backup(
+        self, to: str | Path, *, message: str = "", quiesce: bool = False, report: Report | None = None
+    ) -> Backup:
+        from atoll.operations.backup import backup
+
+        vm = self._record()
+        return await backup(vm, to, services=self._services, message=message, quiesce=quiesce, report=report)
 
 
 _: type[AsyncVm] = LocalVm

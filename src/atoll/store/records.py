@@ -59,8 +59,11 @@ class Records(Protocol):
     def throwaways(self) -> list[Vm]:
         """VMs that are removed once they have stopped."""
 
-    def add_vm(self, vm: Vm) -> None:
-        """Raises `AlreadyExists` when the name or one of the published ports is taken."""
+    def add_vm(self, vm: Vm, layers: Iterable[Layer] = (), snapshots: Iterable[Snapshot] = ()) -> None:
+        """With layers that are new, and snapshots of its past.
+
+        Raises `AlreadyExists` when the name or one of the published ports is taken.
+        """
 
     def put_vm(self, vm: Vm) -> None:
         """Replace the record of a VM that exists. Raises `AlreadyExists` as `add_vm`, `NotFound` when it is gone."""
@@ -108,6 +111,9 @@ class Records(Protocol):
 
     def note_sha256(self, layer_id: str, sha256: str) -> None:
         """What the layer's file has, now that somebody has read all of it. Nothing happens if the layer is gone."""
+
+    def put_layers(self, layers: Iterable[Layer]) -> None:
+        """Add or replace layers. Those that nothing needs are removed by the next `prune`."""
 
     def remove_layers(self, layer_ids: Iterable[str]) -> None: ...
 

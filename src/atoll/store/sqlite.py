@@ -65,8 +65,11 @@ class SqliteRecords:
         with told(self._path):
             return [_vm.decode(row[0]) for row in self._rows("SELECT record FROM vms WHERE throwaway")]
 
-    def add_vm(self, vm: Vm) -> None:
+    def add_vm(self, vm: Vm, layers: Iterable[Layer] = (), snapshots: Iterable[Snapshot] = ()) -> None:
         with self._clashes_told(vm), self._transaction() as db:
+            history.put_layers(db, layers)
+            for snapshot in snapshots:
+                history.put(db, snapshot)
             row = (vm.id, vm.name, vm.created_at, vm.remove_when_stopped, _encode(vm))
             db.execute("INSERT INTO vms VALUES (?, ?, ?, ?, ?)", row)
             self._put_ports(db, vm)
@@ -194,6 +197,10 @@ class SqliteRecords:
     def note_sha256(self, layer_id: str, sha256: str) -> None:
         with self._transaction() as db:
             history.note_sha256(db, layer_id, sha256)
+
+    def put_layers(self, layers: Iterable[Layer]) -> None:
+        with self._transaction() as db:
+            history.put_layers(db, layers)
 
     def remove_layers(self, layer_ids: Iterable[str]) -> None:
         with self._transaction() as db:
