@@ -55,6 +55,8 @@ SECTIONS: dict[str, dict[str, str]] = {
         "clone": "history",
         "fork": "fork",
         "pool": "fork",
+        "export": "bundle",
+        "import": "bundle",
     },
     "Images": {"image": "image"},
     "This computer": {

@@ -19,6 +19,7 @@ from msgspec import Struct, field
 
 from atoll.errors import AlreadyExists, InvalidInput, StorageFailed, from_os_error
 from atoll.host import disks, files
+from atoll.layout import VmPaths
 from atoll.model import names
 from atoll.model.image import Image
 from atoll.model.launch import Firmware
@@ -153,7 +154,8 @@ async def _unrecord(context: Context[NewVm]) -> None:
         context.services.records.remove_vm(context.subject)
 
 
-async def _files(context: Context[NewVm]) -> None:
+async def make_files(context: Context[NewVm]) -> None:
+    """The VM's folder with all that is in it."""
     layout, request, spec = context.services.layout, context.request, context.request.vm.spec
     paths = layout.vm(context.subject)
     files.make_folder(paths.logs)
@@ -193,7 +195,11 @@ async def _write_seed(vm: Vm, path: Path) -> None:
 
 
 async def _remove_files(context: Context[NewVm]) -> None:
-    paths = context.services.layout.vm(context.subject)
+    remove_files(context.services.layout.vm(context.subject))
+
+
+def remove_files(paths: VmPaths) -> None:
+    """Undo `make_files`, for as much of it as was done."""
     for folder in (paths.home, paths.run):
         shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None
 
@@ -208,7 +214,7 @@ CREATE = Verb(
     request=NewVm,
     steps=(
         Step("record", _record, _unrecord),
-        Step("files", _files, _remove_files),
+        Step("files", make_files, _remove_files),
         Step("tell", _tell),
     ),
 )

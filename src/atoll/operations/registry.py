@@ -7,7 +7,9 @@ from atoll.operations import (
     configure,
     create,
     disk,
+    export,
     images,
+    import_bundle,
     pool,
     ports,
     power,
@@ -43,5 +45,7 @@ VERBS: dict[str, Verb[Any]] = {
         clone.CUT,
         suspend.SUSPEND,
         pool.TAKE,
+        export.EXPORT,
+        import_bundle.IMPORT,
     )
 }

@@ -4,8 +4,9 @@
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 from atoll.model.image import Image
 from atoll.model.operation import Operation, Progress
@@ -16,6 +17,7 @@ from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, Sta
 from atoll.platform.copies import AsyncCopies
 
 Report = Callable[[Progress], None]
+BundleFile = str | PathLike[str] | BinaryIO
 ByteSink = Callable[[bytes], None]
 ByteSource = Callable[[], "AsyncIterator[bytes]"]
 
@@ -162,6 +164,17 @@ class AsyncVm(Protocol):
     async def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "AsyncVm":
         """A stopped VM with this one's disks as they are now; with `full` it shares nothing with it."""
 
+    async def export(
+        self,
+        path: BundleFile,
+        *,
+        snapshot: str | None = None,
+        base: str | None = None,
+        disk_only: bool = False,
+        report: Report | None = None,
+    ) -> None:
+        """Write a bundle of its present, or of a snapshot with its memory. See `host.export`."""
+
 
 class AsyncImages(Protocol):
     """The images of a host."""
@@ -255,6 +268,30 @@ class AsyncHost(Protocol):
         self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None
     ) -> AsyncCopies:
         """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
+
+    async def export(
+        self,
+        source: str,
+        path: BundleFile,
+        *,
+        base: str | None = None,
+        disk_only: bool = False,
+        report: Report | None = None,
+    ) -> None:
+        """Write a VM (`web`) as it is now, or a snapshot (`web@clean`) with its memory, into one file.
+
+        `path` may be a binary file that is open, such as a pipe. What the `base` has (`web@older`, or an image) is
+        left out: it has to be where the bundle is imported.
+        """
+
+    async def import_bundle(
+        self, path: BundleFile, name: str | None = None, *, report: Report | None = None
+    ) -> AsyncVm:
+        """A stopped VM of a bundle, with what was exported as a snapshot in its history.
+
+        Raises `ImageRefused` for a bundle that is damaged or altered, `NotFound` when its base isn't here,
+        `AlreadyExists` when its name is taken; nothing is kept then.
+        """
 
     def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         """What happened, and with `follow` what happens; `after` is the last event that is known already."""

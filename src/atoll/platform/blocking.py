@@ -24,6 +24,7 @@ from atoll.platform.api import (
     AsyncOperations,
     AsyncPools,
     AsyncVm,
+    BundleFile,
     ByteSink,
     Report,
     Terminal,
@@ -196,6 +197,7 @@ class Vm(_Handle[AsyncVm]):
     history = _blocking(AsyncVm.history)
     restore = _blocking(AsyncVm.restore)
     forget = _blocking(AsyncVm.forget)
+    export = _blocking(AsyncVm.export)
 
     def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> Copies:
         """Running copies of this instant, their memory shared until it is written; this one runs on."""
@@ -312,6 +314,7 @@ class Host(_Handle[AsyncHost]):
         return False
 
     ls = _blocking(AsyncHost.ls)
+    export = _blocking(AsyncHost.export)
     events = _plain_iterator(AsyncHost.events)
 
     def get(self, reference: str) -> Vm:
@@ -344,6 +347,11 @@ class Host(_Handle[AsyncHost]):
         """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
         made = self._calls.wait_for(lambda: self._inner.fork(source, count, name=name, report=report))
         return Copies(Vm(vm, self._calls) for vm in made)
+
+    def import_bundle(self, path: BundleFile, name: str | None = None, *, report: Report | None = None) -> Vm:
+        """A stopped VM of a bundle, with what was exported as a snapshot in its history."""
+        made = self._calls.wait_for(lambda: self._inner.import_bundle(path, name, report=report))
+        return Vm(made, self._calls)
 
     def notices(self) -> list[str]:
         """What recovery did to operations that a killed process had left, told once."""
