@@ -212,6 +212,36 @@ async def is_taken(stage: Stage) -> bool:
     return True
 
 
+async def no_bundle(stage: Stage) -> None:
+    await stopped(stage)
+    (stage.factory.folder / "bundle").unlink(missing_ok=True)
+
+
+async def has_bundle(stage: Stage) -> bool:
+    assert not list(stage.factory.folder.glob(".atoll-export-*"))
+    return (stage.factory.folder / "bundle").exists()
+
+
+async def a_bundle(stage: Stage) -> None:
+    """One that needs nothing of what is here, but for a layer."""
+    if await stage.exists("new"):
+        await (await stage.factory.host.get("new")).rm(force=True)
+    if not await has_bundle(stage):
+        await running(stage)
+        await (await stage.vm()).snapshot("s")
+        await (await stage.vm()).export(stage.factory.folder / "bundle", snapshot="s")
+        await (await stage.vm()).rm(force=True)
+
+
+async def is_imported(stage: Stage) -> bool:
+    if not await stage.exists("new"):
+        assert not list(stage.factory.layout.memory.iterdir())
+        return False
+    new = stage.factory.machine(await stage.factory.host.get("new"))
+    await new.restore("s")
+    return await new.phase() is Phase.RUNNING
+
+
 CASES: dict[str, Case] = {
     "create": Case(nothing_made, "await host.create('tiny', name='new', memory='96MiB')", lambda s: s.exists("new")),
     "start": Case(stopped, "await (await host.get('v')).start()", _is(Phase.RUNNING)),
@@ -247,6 +277,8 @@ CASES: dict[str, Case] = {
     "cut": Case(no_snapshots, "await (await host.get('v')).clone('copy')", cut_or_not),
     "suspend": Case(woken, "await (await host.get('v')).suspend()", is_suspended),
     "take": Case(one_waits, "await host.pools.take('v@s', 'taken')", is_taken),
+    "export": Case(no_bundle, "await (await host.get('v')).export({bundle!r})", has_bundle),
+    "import": Case(a_bundle, "await host.import_bundle({bundle!r}, 'new')", is_imported),
     "image": Case(
         no_image, "await host.images.import_file(ImportRequest(path={blank!r}, name='blank', format='raw'))", has_image
     ),
@@ -271,7 +303,8 @@ async def stage(factory: Factory) -> Stage:
 
 
 def action_of(case: Case, stage: Stage, number: int = 0) -> str:
-    return case.action.format(port=stage.port, number=number, blank=str(stage.factory.folder / "blank.img"))
+    blank, bundle = (str(stage.factory.folder / name) for name in ("blank.img", "bundle"))
+    return case.action.format(port=stage.port, number=number, blank=blank, bundle=bundle)
 
 
 async def settled(factory: Factory) -> list[str]:
