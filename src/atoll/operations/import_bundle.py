@@ -227,8 +227,11 @@ async def _adopt(context: Context[ImportBundleRequest]) -> None:
     )
 
     def record(new: Sequence[Layer]) -> None:
-        if gone := [blob for blob in placed.left_out if not services.layout.blob(blob).exists()]:
-            raise NotFound(f"the file {gone[0][:SHORT_ID]} is gone", "another command removed it", "Try again.")
+        there = {layer.id for layer in (*services.records.layers(), *new)}
+        gone = [layer for layer in node.layer_ids if layer not in there]
+        gone += [blob for blob in placed.left_out if not services.layout.blob(blob).exists()]
+        if gone:
+            raise NotFound(f"{gone[0][:SHORT_ID]} is gone, which was here", "another command removed it", "Try again.")
         if services.records.vm(vm.id) is None:
             services.records.add_vm(vm, new, [node])
 
