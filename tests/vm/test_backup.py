@@ -3,13 +3,13 @@
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from msgspec.structs import replace
@@ -24,6 +24,7 @@ from atoll.model.backup import Backup, Keep
 from atoll.model.requests import CreateRequest, DiskRequest
 from atoll.model.spec import PortSpec
 from atoll.model.state import Phase
+from atoll.operations.merge import merge
 from atoll.operations.services import Services
 from atoll.platform.local import LocalHost
 
@@ -373,7 +374,7 @@ async def test_a_merged_layer_is_not_copied_again(
     before = layers_in(folder)
     services = Services(factory.layout)
     try:
-        await _merge_by_hand(services, vm.record.spec.disks[0].layer or "")
+        merged = await _merge_upper_two(services)
     finally:
         services.close()
     await vm.start(wait=True, timeout=120)
@@ -388,33 +389,19 @@ async def test_a_merged_layer_is_not_copied_again(
 
     monkeypatch.setattr("atoll.operations.backup_files.LONGEST_STORED", 3)
     shorter = await vm.backup(folder)
-    assert shorter.disks[0].chain[1] == "f" * 32, "a chain that became too long begins anew with what was merged"
+    assert shorter.disks[0].chain[1] == merged, "a chain that became too long begins anew with what was merged"
     assert len(shorter.disks[0].chain) == 3
     assert (await factory.host.backups.verify(folder)).damages == ()
 
 
-async def _merge_by_hand(services: Services, top: str) -> None:
-    """Give the top layer's record a file with the content of the two highest ones, as merging will."""
-    layout = services.layout
-    upper = services.records.layer(top)
-    assert upper is not None and upper.parent is not None
-    lower = services.records.layer(upper.parent)
-    assert lower is not None
-    base = layout.layer(lower.parent or "")
-    merged = layout.temporary / "merged"
-    shutil.copyfile(layout.layer(upper.id), merged)
-    # Takes over from the lower one what differs from the base; the headers are right in this home.
-    subprocess.run(["qemu-img", "rebase", "-b", base, "-F", "qcow2", merged], check=True)
-    new = "f" * 32
-    merged.chmod(0o444)
-    merged.rename(layout.layer(new))
-    vm = services.records.vms()[0]
-    record = replace(upper, id=new, parent=lower.parent, merged=(lower.id, upper.id), sha256="")
-    disk = replace(vm.spec.disks[0], layer=new)
-    services.records.freeze(replace(vm, spec=replace(vm.spec, disks=(disk, *vm.spec.disks[1:]))), [record])
-    services.records.remove_layers([lower.id, upper.id])
-    for gone in (lower.id, upper.id):
-        layout.layer(gone).unlink()
+async def _merge_upper_two(services: Services) -> str:
+    with (
+        patch("atoll.operations.merge.LONGEST", 2),
+        patch("atoll.model.chain.LONGEST", 2),
+        patch("atoll.model.chain.AFTER", 2),
+    ):
+        assert await merge(services=services) == 1
+    return next(layer.id for layer in services.records.layers() if layer.merged)
 
 
 async def test_a_long_chain_is_restored_flat_and_backed_up_without_copying(

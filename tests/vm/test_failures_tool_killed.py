@@ -263,6 +263,36 @@ async def one_backup(stage: Stage) -> None:
         await (await stage.factory.host.get("new")).rm(force=True)
 
 
+async def no_bundle(stage: Stage) -> None:
+    await stopped(stage)
+    (stage.factory.folder / "bundle").unlink(missing_ok=True)
+
+
+async def has_bundle(stage: Stage) -> bool:
+    assert not list(stage.factory.folder.glob(".atoll-export-*"))
+    return (stage.factory.folder / "bundle").exists()
+
+
+async def a_bundle(stage: Stage) -> None:
+    """One that needs nothing of what is here, but for a layer."""
+    if await stage.exists("new"):
+        await (await stage.factory.host.get("new")).rm(force=True)
+    if not await has_bundle(stage):
+        await running(stage)
+        await (await stage.vm()).snapshot("s")
+        await (await stage.vm()).export(stage.factory.folder / "bundle", snapshot="s")
+        await (await stage.vm()).rm(force=True)
+
+
+async def is_imported(stage: Stage) -> bool:
+    if not await stage.exists("new"):
+        assert not list(stage.factory.layout.memory.iterdir())
+        return False
+    new = stage.factory.machine(await stage.factory.host.get("new"))
+    await new.restore("s")
+    return await new.phase() is Phase.RUNNING
+
+
 CASES: dict[str, Case] = {
     "create": Case(nothing_made, "await host.create('tiny', name='new', memory='96MiB')", lambda s: s.exists("new")),
     "start": Case(stopped, "await (await host.get('v')).start()", _is(Phase.RUNNING)),
@@ -303,6 +333,8 @@ CASES: dict[str, Case] = {
     "restore backup": Case(
         one_backup, "await host.backups.restore({backups!r}, 'v', 'new')", lambda s: s.exists("new")
     ),
+    "export": Case(no_bundle, "await (await host.get('v')).export({bundle!r})", has_bundle),
+    "import": Case(a_bundle, "await host.import_bundle({bundle!r}, 'new')", is_imported),
     "image": Case(
         no_image, "await host.images.import_file(ImportRequest(path={blank!r}, name='blank', format='raw'))", has_image
     ),
@@ -331,6 +363,8 @@ def action_of(case: Case, stage: Stage, number: int = 0) -> str:
     return case.action.format(
         port=stage.port, number=number, blank=str(folder / "blank.img"), backups=str(folder / "backups")
     )
+    blank, bundle = (str(stage.factory.folder / name) for name in ("blank.img", "bundle"))
+    return case.action.format(port=stage.port, number=number, blank=blank, bundle=bundle)
 
 
 async def settled(factory: Factory) -> list[str]:

@@ -15,6 +15,7 @@ from atoll.model.requests import DiskRequest, SetRequest
 from atoll.model.spec import PortSpec
 from atoll.model.state import Phase
 from atoll.qemu import jobs
+from atoll.qemu.guest import Agent, Refused
 from atoll.qemu.monitor import Monitor
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
@@ -237,3 +238,19 @@ async def test_a_qemu_that_saves_plain_streams_can_do_the_same(
     await vm.resume()
     assert await vm.read("/dev/shm/memory") == "here"
     assert await disagreements(factory.layout) == []
+
+
+async def test_an_agent_that_will_not_set_the_clock_has_it_set_by_a_command(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to QEMU 9 it does so only where there is /sbin/hwclock."""
+
+    async def refuse(agent: Agent, nanoseconds: int | None = None) -> None:
+        raise Refused("the guest agent refused guest-set-time", "this command is not currently supported")
+
+    monkeypatch.setattr(Agent, "set_time", refuse)
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("date -s '2001-01-01 00:00:00'")
+    await vm.snapshot("past")
+    await vm.restore("past")
+    assert abs(int(await vm.sh("date +%s")) - time.time()) < 30

@@ -56,6 +56,8 @@ SECTIONS: dict[str, dict[str, str]] = {
         "clone": "history",
         "fork": "fork",
         "pool": "fork",
+        "export": "bundle",
+        "import": "bundle",
     },
     "Backups": {"backup": "backup"},
     "Images": {"image": "image"},

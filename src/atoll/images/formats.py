@@ -24,6 +24,7 @@ NOT_IMAGES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", "Decompress it first: `zstd -dk FILE`."),
     (0, b"BZh", "compressed with bzip2", "Decompress it first: `bzip2 -dk FILE`."),
     (0, b"PK\x03\x04", "a ZIP archive", "Unpack it first, then import the image in it."),
+    (0, b"atoll-bundle-", "a machine that Atoll exported", "Import it with `atoll import FILE`."),
     (257, b"ustar", "a tar archive (OVA files are)", "Unpack it first: `tar -xf FILE`, then import the disk in it."),
     (0, b"LUKS\xba\xbe", "encrypted with LUKS", "Import it with --format raw if the guest shall decrypt it."),
 )

@@ -73,7 +73,7 @@ async def clone(
         name=name or resolve.made_up_name({each.name for each in services.records.vms()}),
         image=image,
         created_at=time.time(),
-        spec=_own(spec, full=full),
+        spec=own(spec, full=full),
         snapshot=below,
     )
     copies = {disk.name: disk.layer for disk in spec.disks if disk.layer and disk.blob is None} if full else {}
@@ -82,7 +82,7 @@ async def clone(
     return services.vm(vm.id)
 
 
-def _own(spec: VmSpec, *, full: bool) -> VmSpec:
+def own(spec: VmSpec, *, full: bool = False) -> VmSpec:
     """The machine with heads and network addresses of its own; published ports stay with who has them."""
     nics = tuple(replace(nic, mac=resolve.new_mac(), ports=()) for nic in spec.nics)
     disks = resolve_disks.with_heads(resolve_disks.without_heads(spec.disks))

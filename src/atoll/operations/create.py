@@ -155,6 +155,7 @@ async def _unrecord(context: Context[NewVm]) -> None:
 
 
 async def make_files(context: Context[NewVm]) -> None:
+    """The VM's folder with all that is in it."""
     layout, request, spec = context.services.layout, context.request, context.request.vm.spec
     paths = layout.vm(context.subject)
     files.make_folder(paths.logs)
@@ -194,6 +195,7 @@ async def _write_seed(vm: Vm, path: Path) -> None:
 
 
 async def remove_files(context: Context[Any]) -> None:
+    """Undo `make_files`, for as much of it as was done."""
     paths = context.services.layout.vm(context.subject)
     for folder in (paths.home, paths.run):
         shutil.rmtree(folder, ignore_errors=False) if folder.exists() else None

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from atoll.qemu.guest import Agent
 
 SH = "/bin/sh"
-TIME_FOR_IDENTITY = 20.0
-"""Seconds until the script below has to have ended. Making keys isn't part of that: it goes on in the background."""
+TIME_TO_SETTLE = 20.0
+"""Seconds until a script has to have ended. Making keys isn't part of that: it goes on in the background."""
 
 IDENTITY = r"""
 name=$1
@@ -90,22 +90,27 @@ async def settle(paths: VmPaths, agent: "Agent") -> None:
     if wanted is None:
         return
     if wanted.time:
-        with contextlib.suppress(Refused):
+        try:
             await agent.set_time(time.time_ns())
+        except Refused:
+            # Up to QEMU 9 the agent does it only where there is /sbin/hwclock, which minimal systems lack.
+            with contextlib.suppress(Refused):
+                await _run(agent, 'date -u -s "@$1"', str(round(time.time())))
     if wanted.name:
         with contextlib.suppress(Refused):
-            await _give_identity(agent, wanted.name)
+            await _run(agent, IDENTITY, wanted.name)
     paths.unsettled.unlink(missing_ok=True)
 
 
-async def _give_identity(agent: "Agent", name: str) -> None:
+async def _run(agent: "Agent", script: str, argument: str) -> None:
+    """Run a script to its end. Raises `Refused`, `GuestFailed`."""
     import asyncio
 
-    pid = await agent.start(SH, ["-c", IDENTITY, "sh", name], capture=True)
-    pause, end = 0.005, time.monotonic() + TIME_FOR_IDENTITY
+    pid = await agent.start(SH, ["-c", script, "sh", argument], capture=True)
+    pause, end = 0.005, time.monotonic() + TIME_TO_SETTLE
     # The agent has no event for the end of a program.
     while not (await agent.status(pid)).exited:
         if time.monotonic() > end:
-            raise GuestFailed("the guest doesn't take its name", f"not in {TIME_FOR_IDENTITY:g} s")
+            raise GuestFailed("the guest doesn't take its time or name", f"not in {TIME_TO_SETTLE:g} s")
         await asyncio.sleep(pause)
         pause = min(pause * 1.5, 0.2)

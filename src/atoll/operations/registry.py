@@ -9,7 +9,9 @@ from atoll.operations import (
     configure,
     create,
     disk,
+    export,
     images,
+    import_bundle,
     merge,
     pool,
     ports,
@@ -49,5 +51,7 @@ VERBS: dict[str, Verb[Any]] = {
         merge.MERGE,
         backup.BACKUP,
         backup_restore.RESTORE_BACKUP,
+        export.EXPORT,
+        import_bundle.IMPORT,
     )
 }

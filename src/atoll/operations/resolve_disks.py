@@ -72,7 +72,7 @@ def _free_name(stem: str, first: int, others: Sequence[DiskSpec]) -> str:
 def further_disk(request: DiskRequest, others: Sequence[DiskSpec], image: Image | None = None) -> DiskSpec:
     """A disk beside the ones that are there. Raises `InvalidInput`."""
     name = request.name or _free_name("data", 1, others)
-    if not _DISK_NAME.fullmatch(name) or re.search(r"-\d+$", name) or name.endswith("-file"):
+    if not _well_formed(name):
         raise InvalidInput(
             f"{shown(name)} can't be the name of a disk",
             "it has up to 20 lower-case letters, digits and '-', and doesn't end like '-1'",
@@ -97,6 +97,15 @@ def further_disk(request: DiskRequest, others: Sequence[DiskSpec], image: Image 
     if request.size is None:
         raise InvalidInput(f"the disk '{name}' has no size", next_step="Give one, like size=10GiB.")
     return DiskSpec(name=name, size=check_disk_size(request.size), bus=request.bus or "virtio")
+
+
+def _well_formed(name: str) -> bool:
+    return bool(_DISK_NAME.fullmatch(name)) and not re.search(r"-\d+$", name) and not name.endswith("-file")
+
+
+def may_be_called(name: str) -> bool:
+    """Whether that can be the name of a disk."""
+    return _well_formed(name) and name not in _RESERVED
 
 
 def check_disk_size(size: str | int) -> int:

@@ -4,8 +4,9 @@
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 from atoll.model.backup import Backup, Keep, Pruned, Verified
 from atoll.model.difference import Difference
@@ -19,6 +20,7 @@ from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, Sta
 from atoll.platform.copies import AsyncCopies
 
 Report = Callable[[Progress], None]
+BundleFile = str | PathLike[str] | BinaryIO
 ByteSink = Callable[[bytes], None]
 ByteSource = Callable[[], "AsyncIterator[bytes]"]
 
@@ -178,6 +180,17 @@ class AsyncVm(Protocol):
         `quiesce` freezes the guest's file systems for that moment.
         """
 
+    async def export(
+        self,
+        path: BundleFile,
+        *,
+        snapshot: str | None = None,
+        base: str | None = None,
+        disk_only: bool = False,
+        report: Report | None = None,
+    ) -> None:
+        """Write a bundle of its present, or of a snapshot with its memory. See `host.export`."""
+
 
 class AsyncImages(Protocol):
     """The images of a host."""
@@ -317,6 +330,30 @@ class AsyncHost(Protocol):
 
     async def diff(self, old: str, new: str, *, report: Report | None = None) -> Difference:
         """What differs between two VMs (`web`) or snapshots (`web@clean`, or its id): settings, files, blocks."""
+
+    async def export(
+        self,
+        source: str,
+        path: BundleFile,
+        *,
+        base: str | None = None,
+        disk_only: bool = False,
+        report: Report | None = None,
+    ) -> None:
+        """Write a VM (`web`) as it is now, or a snapshot (`web@clean`) with its memory, into one file.
+
+        `path` may be a binary file that is open, such as a pipe. What the `base` has (`web@older`, or an image) is
+        left out: it has to be where the bundle is imported.
+        """
+
+    async def import_bundle(
+        self, path: BundleFile, name: str | None = None, *, report: Report | None = None
+    ) -> AsyncVm:
+        """A stopped VM of a bundle, with what was exported as a snapshot in its history.
+
+        Raises `ImageRefused` for a bundle that is damaged or altered, `NotFound` when its base isn't here,
+        `AlreadyExists` when its name is taken; nothing is kept then.
+        """
 
     def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         """What happened, and with `follow` what happens; `after` is the last event that is known already."""

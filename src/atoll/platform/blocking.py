@@ -26,6 +26,7 @@ from atoll.platform.api import (
     AsyncOperations,
     AsyncPools,
     AsyncVm,
+    BundleFile,
     ByteSink,
     Report,
     Terminal,
@@ -200,6 +201,7 @@ class Vm(_Handle[AsyncVm]):
     forget = _blocking(AsyncVm.forget)
     diff = _blocking(AsyncVm.diff)
     backup = _blocking(AsyncVm.backup)
+    export = _blocking(AsyncVm.export)
 
     def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> Copies:
         """Running copies of this instant, their memory shared until it is written; this one runs on."""
@@ -345,6 +347,7 @@ class Host(_Handle[AsyncHost]):
     prune = _blocking(AsyncHost.prune)
     fsck = _blocking(AsyncHost.fsck)
     diff = _blocking(AsyncHost.diff)
+    export = _blocking(AsyncHost.export)
     events = _plain_iterator(AsyncHost.events)
 
     def get(self, reference: str) -> Vm:
@@ -377,6 +380,11 @@ class Host(_Handle[AsyncHost]):
         """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
         made = self._calls.wait_for(lambda: self._inner.fork(source, count, name=name, report=report))
         return Copies(Vm(vm, self._calls) for vm in made)
+
+    def import_bundle(self, path: BundleFile, name: str | None = None, *, report: Report | None = None) -> Vm:
+        """A stopped VM of a bundle, with what was exported as a snapshot in its history."""
+        made = self._calls.wait_for(lambda: self._inner.import_bundle(path, name, report=report))
+        return Vm(made, self._calls)
 
     def notices(self) -> list[str]:
         """What recovery did to operations that a killed process had left, told once."""

@@ -11,7 +11,7 @@ from atoll.model.finding import Finding
 from atoll.model.requests import CreateRequest
 from atoll.model.vm import Event, VmInfo
 from atoll.operations.services import Services
-from atoll.platform.api import Report
+from atoll.platform.api import BundleFile, Report
 from atoll.platform.copies import AsyncCopies
 from atoll.platform.local_backups import LocalBackups
 from atoll.platform.local_parts import LocalImages, LocalOperations, LocalPools
@@ -157,6 +157,29 @@ class LocalHost:
         from atoll.operations.diff import diff
 
         return await diff(old, new, services=self._services, report=report)
+
+    async def export(
+        self,
+        source: str,
+        path: BundleFile,
+        *,
+        base: str | None = None,
+        disk_only: bool = False,
+        report: Report | None = None,
+    ) -> None:
+        from atoll.model.bundle import ExportOptions
+        from atoll.operations.clone import find_source
+        from atoll.operations.export import export
+
+        options = ExportOptions(base=base, disk_only=disk_only)
+        await export(find_source(source, self._services), path, options, services=self._services, report=report)
+
+    async def import_bundle(
+        self, path: BundleFile, name: str | None = None, *, report: Report | None = None
+    ) -> LocalVm:
+        from atoll.operations.import_bundle import import_bundle
+
+        return LocalVm(self._services, await import_bundle(path, name, services=self._services, report=report))
 
     async def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         records = self._services.records

@@ -17,7 +17,7 @@ from atoll.model.spec import DiskSpec, PortSpec
 from atoll.model.state import require
 from atoll.model.vm import Change, ExecRequest, ExecResult, Stats, Vm, VmInfo
 from atoll.operations.services import Services
-from atoll.platform.api import AsyncVm, ByteSink, Report, Terminal
+from atoll.platform.api import AsyncVm, BundleFile, ByteSink, Report, Terminal
 from atoll.platform.copies import AsyncCopies
 
 # Operations are imported where they are used, so that a command pays only for what it does.
@@ -308,6 +308,25 @@ class LocalVm:
 
         vm = self._record()
         return await backup(vm, to, services=self._services, message=message, quiesce=quiesce, report=report)
+
+    async def export(
+        self,
+        path: BundleFile,
+        *,
+        snapshot: str | None = None,
+        base: str | None = None,
+        disk_only: bool = False,
+        report: Report | None = None,
+    ) -> None:
+        from atoll.model.bundle import ExportOptions
+        from atoll.operations.export import export
+        from atoll.operations.restore import find_snapshot
+
+        vm = self._record()
+        source = find_snapshot(self._services, vm, snapshot) if snapshot is not None else vm
+        await export(
+            source, path, ExportOptions(base=base, disk_only=disk_only), services=self._services, report=report
+        )
 
 
 _: type[AsyncVm] = LocalVm
