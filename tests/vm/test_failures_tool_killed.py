@@ -359,10 +359,8 @@ async def stage(factory: Factory) -> Stage:
 
 
 def action_of(case: Case, stage: Stage, number: int = 0) -> str:
-    folder = stage.factory.folder
-    return case.action.format(
-        port=stage.port, number=number, blank=str(folder / "blank.img"), backups=str(folder / "backups")
-    )
+    blank, bundle, backups = (str(stage.factory.folder / name) for name in ("blank.img", "bundle", "backups"))
+    return case.action.format(port=stage.port, number=number, blank=blank, bundle=bundle, backups=backups)
     blank, bundle = (str(stage.factory.folder / name) for name in ("blank.img", "bundle"))
     return case.action.format(port=stage.port, number=number, blank=blank, bundle=bundle)
 

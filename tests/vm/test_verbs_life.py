@@ -79,7 +79,8 @@ async def test_without_an_agent_the_power_button_stops_it(factory: Factory) -> N
 
 async def test_a_guest_that_listens_to_nothing_is_forced_when_the_time_is_over(factory: Factory) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
-    await vm.sh("killall acpid; true")
+    # The agent answers before the last of the guest's programs have started.
+    await vm.sh("until killall acpid; do usleep 50000; done")
     await vm.set(SetRequest(agent=False))
     before = time.monotonic()
     await vm.stop(timeout=2)

@@ -43,13 +43,7 @@ class Block(Struct, frozen=True, kw_only=True):
 
 def blocks(descriptor: int) -> list[Block]:
     """The blocks of a stream. Raises `EngineFailed` for a file that is none."""
-    head = os.pread(descriptor, _LARGEST_HEADER, 0)
-    start = head.find(_SECTION)
-    if not head.startswith(b"QEVM\0\0\0\x03") or start < 0:
-        raise EngineFailed("the memory can't be read", "it is no mapped-ram stream of QEMU's")
-    position = start + len(_SECTION)
-    left = int.from_bytes(head[position : position + 8], "big") & ~_FLAGS
-    position += 8
+    position, left = _beginning(descriptor)
     found = []
     while left > 0:
         block = _block(descriptor, position)
@@ -57,6 +51,16 @@ def blocks(descriptor: int) -> list[Block]:
         position = block.end
         left -= block.length
     return found
+
+
+def _beginning(descriptor: int) -> tuple[int, int]:
+    """Where the first block is, and the bytes of RAM in all blocks. Raises `EngineFailed`."""
+    head = os.pread(descriptor, _LARGEST_HEADER, 0)
+    start = head.find(_SECTION)
+    if not head.startswith(b"QEVM\0\0\0\x03") or start < 0:
+        raise EngineFailed("the memory can't be read", "it is no mapped-ram stream of QEMU's")
+    position = start + len(_SECTION)
+    return position + 8, int.from_bytes(head[position : position + 8], "big") & ~_FLAGS
 
 
 def is_mapped(path: Path) -> bool:
@@ -69,9 +73,10 @@ def is_mapped(path: Path) -> bool:
 
 
 def has_blocks(descriptor: int) -> bool:
-    """The same for an open file."""
+    """The same for an open file, which may be cut."""
     try:
-        return bool(blocks(descriptor))
+        position, left = _beginning(descriptor)
+        return left > 0 and bool(_block(descriptor, position))
     except EngineFailed:
         return False
 
