@@ -42,8 +42,10 @@ class _Line:
 
     async def take(self, paths: VmPaths, name: str, *, timeout: float) -> Agent:
         if self._lingering is not None:
-            self._lingering.cancel()
-            self._lingering = None
+            lingering, self._lingering = self._lingering, None
+            lingering.cancel()
+            # Until it has let go of its descriptor: if that was closed before, another one of its number would suffer.
+            await asyncio.wait([lingering])
         if self._agent is not None:
             try:
                 await self._agent.synchronise(timeout=timeout)
