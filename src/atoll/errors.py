@@ -64,6 +64,10 @@ class Busy(AtollError):
     exit_code = 6
 
 
+class DisksChanged(Busy):
+    """The VM's disks aren't any more what they were when the operation was asked for; asking again is enough."""
+
+
 class Unsupported(AtollError):
     """This QEMU, host or guest can't do it."""
 

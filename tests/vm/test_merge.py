@@ -1,18 +1,21 @@
 """Chains stay short: layers are merged while machines run on them, and no content changes."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from tests.helpers.machines import Factory, Machine
 from tests.helpers.world import disagreements
 
-from atoll.errors import Cancelled
+from atoll.errors import Cancelled, MissingTool
+from atoll.host import process
 from atoll.model.chain import LONGEST
 from atoll.model.operation import Progress
 from atoll.model.requests import DiskRequest
 from atoll.model.state import Phase
 from atoll.operations import merge as merging
 from atoll.operations.merge import merge
+from atoll.operations.merge_content import merge_content
 from atoll.operations.power import control
 from atoll.operations.relink import nodes_below
 from atoll.qemu.devices import head_node
@@ -124,3 +127,12 @@ async def test_long_chains_are_merged_in_the_background(factory: Factory) -> Non
             if event.kind == "layers.merged" and max(lengths(factory, vm)) <= LONGEST:
                 break
     assert [operation.state for operation in await factory.host.operations.ls() if operation.verb == "merge"]
+
+
+async def test_a_missing_storage_daemon_is_told_at_once(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(process, "find", lambda program: (_ for _ in ()).throw(MissingTool(f"no {program}")))
+    async with asyncio.timeout(5):
+        with pytest.raises(MissingTool, match="qemu-storage-daemon"):
+            await merge_content([tmp_path / "below"], tmp_path / "new", count=1, report=lambda progress: None)

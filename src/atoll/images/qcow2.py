@@ -45,21 +45,6 @@ def virtual_size(source: SourceFile, *, layered: bool = False) -> int:
     return int(size)
 
 
-def layer_size(source: SourceFile) -> int:
-    """Bytes of the disk in a file of Atoll's own, which may stand on another one. Raises `ImageRefused` if it can't be
-    whole: its beginning is another's, or its tables lie behind its end.
-    """
-    if source.peek(0, 4) != MAGIC:
-        raise source.refused("it doesn't begin as a qcow2 file does", DAMAGED)
-    version, _, _, cluster_bits, size, _ = source.unpack(">IQIIQI", 4)
-    if version not in (2, 3) or not 9 <= cluster_bits <= 21:
-        raise source.refused("its header has impossible values", DAMAGED)
-    if version == 3:
-        _check_features(source)
-    _check_tables(source, size=size, cluster_bits=cluster_bits)
-    return int(size)
-
-
 def has_data(source: SourceFile) -> bool:
     """Whether a layer has anything of its own: without, what is below it shows through everywhere."""
     l1_entries, l1_offset = source.unpack(">IQ", 36)

@@ -89,8 +89,8 @@ async def agree(services: Services, layers: Sequence[Layer], report: Report) -> 
     Raises `ImageRefused` when one that is here has other content, or an id that something else is to have.
     """
     here = services.records.layers()
-    heads = {disk.head for vm in services.records.vms() for disk in (vm.pending or vm.spec).disks if disk.head}
-    heads |= {disk.head for vm in services.records.vms() for disk in vm.spec.disks if disk.head}
+    specs = [spec for vm in services.records.vms() for spec in (vm.spec, vm.pending) if spec]
+    heads = {disk.head for spec in specs for disk in spec.disks if disk.head}
     found: dict[str, str] = {}
     for layer in layers:
         if layer.id in heads:

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AtollError, Busy, StorageFailed, Unsupported
+from atoll.errors import AtollError, DisksChanged, StorageFailed, Unsupported
 from atoll.model.backup import Backup, BackupDisk, StoredBlob, StoredLayer, blobs_of
 from atoll.model.spec import DiskSpec
 from atoll.model.state import Phase
@@ -69,8 +69,8 @@ async def backup(
                     BACKUP, request, services=services, subject=request.id, subject_name=vm.name, report=report
                 )
                 break
-            except Busy as error:
-                if attempt == ATTEMPTS - 1 or "just been changed" not in error.what:
+            except DisksChanged:
+                if attempt == ATTEMPTS - 1:
                     raise
             finally:
                 services.layout.vm_lock(request.id).unlink(missing_ok=True)

@@ -150,7 +150,9 @@ async def _load(monitor: Monitor, incoming: Incoming, arch: Arch, report: Report
     number = await hand_over(monitor, incoming.stream, "read", name="memory")
     mapped = await asyncio.to_thread(mapped_ram.is_mapped, incoming.stream)
     if mapped and not await jobs.supports_mapped(monitor):
-        raise EngineFailed("this QEMU can't load the memory", "a newer one saved it, by pages that have their places")
+        raise EngineFailed(
+            "this QEMU can't load the memory", "a newer one saved it", "Upgrade QEMU, or use `restore --disk-only`."
+        )
     async with (
         jobs.capabilities(monitor, jobs.WHOLE_MEMORY if mapped else ()),
         jobs.migration_events(monitor) as events,

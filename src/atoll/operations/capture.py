@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import Busy, Unsupported, from_os_error
+from atoll.errors import DisksChanged, Unsupported, from_os_error
 from atoll.host import files
 from atoll.layout import Layout
 from atoll.model.names import new_id
@@ -58,7 +58,7 @@ def check(context: Context[Any], wanted: Mapping[str, str]) -> None:
     require(vm.name, phase, "snapshot")
     spec = _spec(vm, phase)
     if {disk.name for disk in spec.disks if disk.head} != set(wanted):
-        raise Busy(f"{vm.name}: its disks have just been changed", next_step="Try again.")
+        raise DisksChanged(f"{vm.name}: its disks have just been changed", next_step="Try again.")
     if phase is Phase.STOPPED and vm.pending is not None:
         # What was set for the next start is what the VM is, now that it stands still.
         services.records.put_vm(replace(vm, spec=spec, pending=None))

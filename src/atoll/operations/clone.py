@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from atoll.errors import Busy, NotFound
+from atoll.errors import DisksChanged, NotFound
 from atoll.model.names import check_vm_name, new_id
 from atoll.model.snapshot import Snapshot
 from atoll.model.spec import VmSpec
@@ -119,7 +119,7 @@ async def _check(context: Context[CutRequest]) -> None:
     capture.check(context, request.heads)
     heads = {disk.name: disk.head for disk in context.vm.spec.disks if disk.head}
     if request.expected and heads != request.expected:
-        raise Busy(f"{context.vm.name}: its disks have just been changed", next_step="Try again.")
+        raise DisksChanged(f"{context.vm.name}: its disks have just been changed", next_step="Try again.")
 
 
 def _variables(context: Context[CutRequest]) -> Path | None:

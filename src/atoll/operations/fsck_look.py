@@ -107,7 +107,7 @@ def _stands_on_itself(layer: Layer, known: dict[str, Layer]) -> bool:
 
 
 def _check_layer(source: SourceFile, layer: Layer) -> None:
-    size = qcow2.layer_size(source)
+    size = qcow2.virtual_size(source, layered=True)
     if size < layer.virtual_size:
         raise source.refused(f"it has a disk of {format_size(size)}, not of {format_size(layer.virtual_size)}")
 

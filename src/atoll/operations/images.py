@@ -23,6 +23,7 @@ from atoll.model.image import Image, Layer
 from atoll.model.names import check_image_name
 from atoll.model.requests import BuildRequest, ImportRequest, PullRequest
 from atoll.model.spec import Arch
+from atoll.operations.adopt import freeze
 from atoll.operations.collect import collect, needs
 from atoll.operations.create import IMAGES_LOCK, find_image
 from atoll.operations.engine import Context, Step, Verb, perform
@@ -143,20 +144,12 @@ async def _adopt(context: Context[MakeRequest]) -> None:
         files.make_folder(parent)
     async with context.services.lease(IMAGES_LOCK, what="the images"):
         for path, layer in layers:
-            _freeze(path, layout.layer(layer.id))
+            freeze(path, layout.layer(layer.id))
         for name, sha256 in noted["blobs"]:
-            _freeze(folder / name, layout.blob(sha256))
+            freeze(folder / name, layout.blob(sha256))
         records.add_image(image, [layer for _, layer in layers])
     context.notes["image"] = image.id
     records.add_event("image.added", name=image.name, data={"image": image.id, "source": image.source})
-
-
-def _freeze(temporary: Path, final: Path) -> None:
-    """Move a file to its last name; it is there already after a crash, or when another image has the same content."""
-    if final.exists():
-        temporary.unlink(missing_ok=True)
-    else:
-        files.freeze(temporary, final)
 
 
 MAKE = Verb(

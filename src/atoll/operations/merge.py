@@ -123,7 +123,9 @@ def _window(context: Context[MergeRequest]) -> list[Layer]:
     found = [layer for each in context.request.window if (layer := records.layer(each)) is not None]
     chained = all(upper.parent == lower.id for lower, upper in pairwise(found))
     if len(found) < len(context.request.window) or not chained:
-        raise WrongState("the layers can't be merged", "another command has changed their chain meanwhile")
+        raise WrongState(
+            "the layers can't be merged", "another command has changed their chain meanwhile", "Try again."
+        )
     return found
 
 

@@ -24,15 +24,21 @@ async def merge_content(chain: Sequence[Path], target: Path, *, count: int, repo
     Raises `EngineFailed`, `StorageFailed` when the disk is full.
     """
     ours, theirs = socket.socketpair()
+    argv = ["qemu-storage-daemon", "--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "chardev=qmp"]
+    daemon = asyncio.ensure_future(process.run(argv, pass_fds=(theirs.fileno(),)))
+    # One that can't begin, or ends early, is noticed by its end of the socket.
+    daemon.add_done_callback(lambda _: theirs.close())
     try:
-        argv = ["qemu-storage-daemon", "--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "chardev=qmp"]
-        daemon = asyncio.ensure_future(process.run(argv, pass_fds=(theirs.fileno(),)))
-        # It has begun when it answers, and has its own copy of the socket by then.
         async with Monitor(ours, timeout=30) as monitor:
+            # It has its own copy of the socket by now.
             theirs.close()
             await _stream(monitor, chain, target, count, report)
             await monitor.execute("quit")
         await daemon
+    except EngineFailed:
+        if daemon.done() and not daemon.cancelled() and (why := daemon.exception()) is not None:
+            raise why from None
+        raise
     except OSError as error:
         raise from_os_error(error, f"merge into {target}") from error
     finally:
