@@ -71,8 +71,9 @@ class Guest:
             await asyncio.sleep(0.01)
         answered = False
         while not answered:
-            # Asked again now and then: an agent that ends takes the question with it.
-            with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
+            # Asked again now and then: an agent that ends takes the question with it, and QEMU binds its socket
+            # some moments before it listens there.
+            with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError, ConnectionRefusedError):
                 await self._ask("guest-ping", 15)
                 answered = True
             if not answered and time.monotonic() - start > PATIENCE:
