@@ -76,8 +76,11 @@ class Guest:
             with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError, ConnectionRefusedError):
                 await self._ask("guest-ping", 15)
                 answered = True
+            if self.process.returncode is not None:
+                pytest.fail(f"QEMU ended with {self.process.returncode}")
             if not answered and time.monotonic() - start > PATIENCE:
                 pytest.fail(f"the guest didn't answer; it said: {self.serial.read_text(errors='replace')[-2000:]}")
+            await asyncio.sleep(0.01)
         self.seconds = time.monotonic() - start
 
     async def sh(self, script: str) -> str:
