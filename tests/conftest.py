@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ from tests.helpers.images import adopt_cached
 from tests.helpers.machines import Factory
 
 RESULTS = Path(__file__).parent.parent / "test-results"
+
+
+def pytest_configure() -> None:
+    """A shell that starts tests in its background has them, and all that they start, ignore Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(hookwrapper=True)
