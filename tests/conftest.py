@@ -17,12 +17,6 @@ from tests.helpers.machines import Factory
 RESULTS = Path(__file__).parent.parent / "test-results"
 
 
-def pytest_configure() -> None:
-    """A shell that starts tests in its background has them, and all that they start, ignore Ctrl-C."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Let fixtures see whether the test failed, so that they keep its logs."""
@@ -79,3 +73,6 @@ def with_image(layout: Layout) -> Callable[[str], Awaitable[str]]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leaves_processes: the test ends QEMU by other means than Atoll's")
     os.environ.pop("ATOLL_HOME", None)
+    # A shell that starts tests in its background has them, and all that they start, ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
