@@ -118,8 +118,8 @@ def limits() -> Limits:
 
 def cgroups() -> Cgroups:
     """The control groups of this process (cgroups(7)): the second version where it has controllers, else the first."""
-    mounts = _cgroup_mounts()
-    ours = _own_groups()
+    mounts = cgroup_mounts()
+    ours = own_groups()
     if "" in mounts and "" in ours:
         folder = mounts[""] / ours[""].lstrip("/")
         controllers = frozenset((_read(folder / "cgroup.controllers") or "").split())
@@ -134,7 +134,7 @@ def cgroups() -> Cgroups:
     )
 
 
-def _cgroup_mounts() -> dict[str, Path]:
+def cgroup_mounts() -> dict[str, Path]:
     """Where each controller of the first version is mounted; the second version is ''."""
     found = {}
     for line in (PROC / "self/mounts").read_text(errors="replace").splitlines():
@@ -142,12 +142,12 @@ def _cgroup_mounts() -> dict[str, Path]:
         if kind == "cgroup2":
             found[""] = Path(folder)
         elif kind == "cgroup":
-            # Read-write, no access times and the like stand among the controllers: `_own_groups` names those.
+            # Read-write, no access times and the like stand among the controllers: `own_groups` names those.
             found |= {option: Path(folder) for option in options.split(",")}
     return found
 
 
-def _own_groups() -> dict[str, str]:
+def own_groups() -> dict[str, str]:
     """The group of this process for each controller of the first version; '' for the second."""
     groups: dict[str, str] = {}
     for line in (PROC / "self/cgroup").read_text(errors="replace").splitlines():

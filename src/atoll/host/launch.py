@@ -1,13 +1,14 @@
-"""Does what a `LaunchPlan` says: opens files, binds sockets, starts QEMU detached with exactly those descriptors."""
+"""Does what a `LaunchPlan` says: opens files, binds sockets, starts QEMU shut in with exactly those descriptors."""
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from atoll.errors import EngineFailed, StorageFailed, from_os_error
+from atoll.errors import StorageFailed, from_os_error
+from atoll.host.jail import Jail
 from atoll.host.sockets import listen
+from atoll.host.spawn import Program, spawn
 from atoll.model.launch import LaunchPlan
 
 _FLAGS = {
@@ -18,27 +19,22 @@ _FLAGS = {
 }
 
 
-def launch(plan: LaunchPlan, *, log: Path) -> subprocess.Popen[bytes]:
-    """Start QEMU in a session of its own, with its output in `log`. It outlives us.
+def launch(plan: LaunchPlan, *, log: Path, jail: Jail | None) -> int:
+    """Start QEMU in a session of its own, with its output in `log`; returns its pid. It outlives us.
 
     Raises `StorageFailed` when a file can't be opened, `EngineFailed` when the binary can't be started.
     """
     with contextlib.ExitStack() as stack:
         descriptors = dict(_open_all(plan, stack))
-        argv = [plan.binary, *(_fill(word, descriptors) for word in plan.argv)]
         output = stack.enter_context(log.open("ab"))
-        try:
-            return subprocess.Popen(
-                argv,
-                pass_fds=tuple(descriptors.values()),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=plan.working_folder,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise EngineFailed(f"{plan.binary} can't be started", str(error), "Run `atoll doctor`.") from error
+        program = Program(
+            argv=(plan.binary, *(_fill(word, descriptors) for word in plan.argv)),
+            descriptors=tuple(descriptors.values()),
+            shown=tuple(descriptors[file.name] for file in plan.files if file.by_path),
+            output=output.fileno(),
+            folder=plan.working_folder,
+        )
+        return spawn(program, jail)
 
 
 def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack) -> Iterator[tuple[str, int]]:

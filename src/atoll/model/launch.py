@@ -18,6 +18,8 @@ class OpenFile(Struct, frozen=True, kw_only=True):
     name: str
     path: str
     access: Access
+    by_path: bool = False
+    """QEMU opens it again as /proc/self/fd/N."""
 
 
 class Listener(Struct, frozen=True, kw_only=True):
@@ -41,6 +43,10 @@ class LaunchPlan(Struct, frozen=True, kw_only=True):
     listeners: tuple[Listener, ...] = ()
     feeds: tuple[Feed, ...] = ()
     working_folder: str = "/"
+    memory: int = 0
+    """Bytes that it may take, guest and all."""
+    largest_file: int = 0
+    """Bytes that the largest file which it writes may come to."""
 
 
 class Firmware(Struct, frozen=True, kw_only=True):
@@ -68,9 +74,17 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     """All QOM types: devices, objects, back ends."""
     commands: frozenset[str]
     cpus: frozenset[str]
+    options: frozenset[str]
+    """The command line's options, without the dash."""
 
     def has(
-        self, *, type: str | None = None, command: str | None = None, machine: str | None = None, cpu: str | None = None
+        self,
+        *,
+        type: str | None = None,
+        command: str | None = None,
+        machine: str | None = None,
+        cpu: str | None = None,
+        option: str | None = None,
     ) -> bool:
         """Whether all the things that are asked for are there."""
         return (
@@ -78,6 +92,7 @@ class Capabilities(Struct, frozen=True, kw_only=True):
             and (command is None or command in self.commands)
             and (machine is None or machine in self.machines)
             and (cpu is None or cpu in self.cpus)
+            and (option is None or option in self.options)
         )
 
     @property

@@ -4,6 +4,7 @@ from typing import Literal
 
 from msgspec import Struct, field
 
+from atoll.model.isolation import IsolationLevel
 from atoll.model.units import MIB
 
 Arch = Literal["x86_64", "aarch64", "riscv64"]
@@ -120,6 +121,7 @@ class VmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     addresses: dict[str, str] = field(default_factory=dict)
     """Resolved device addresses (`{"disk-root": "pcie.0/3"}`), given once and kept."""
     clock: Literal["utc", "localtime"] = "utc"
+    isolation: IsolationLevel = "standard"
 
     @property
     def wants_seed(self) -> bool:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from msgspec import Struct, field
 
+from atoll.model.isolation import Isolation
 from atoll.model.names import SHORT_ID
 from atoll.model.snapshot import Memory
 from atoll.model.spec import VmSpec
@@ -20,6 +21,8 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     started_at: float
     accelerator: str
     qemu_version: str
+    isolation: Isolation | None = None
+    """What keeps it in; None for one that an older Atoll started."""
     start_count: int = 1
     from_memory: bool = False
     """It didn't boot, but went on from memory that was saved."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from atoll.errors import AlreadyExists, EngineFailed, InvalidInput
 from atoll.host import facts, files
 from atoll.host.launch import launch
+from atoll.host.sandbox import Wanted, prepare
 from atoll.host.sockets import connect
 from atoll.layout import VmPaths
 from atoll.model.launch import LaunchPlan
@@ -79,8 +80,8 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
     for nic in spec.nics:
         for port in nic.ports:
             check_port_free(vm.name, port)
-    process = launch(steps, log=paths.qemu_log)
-    identity = facts.identity_of(process.pid)
+    jail, isolation = prepare(steps.binary, _wanted(vm, spec, steps))
+    identity = facts.identity_of(launch(steps, log=paths.qemu_log, jail=jail))
     version = await _greet(vm, paths, incoming, report)
     if identity is None:
         raise _start_failure(vm, paths, "it ended at once")
@@ -91,7 +92,21 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
         started_at=time.time(),
         accelerator=accelerator,
         qemu_version=version,
+        isolation=isolation,
         from_memory=incoming is not None,
+    )
+
+
+def _wanted(vm: Vm, spec: VmSpec, steps: LaunchPlan) -> Wanted:
+    return Wanted(
+        id=vm.id,
+        level=spec.isolation,
+        memory=steps.memory,
+        # QEMU's pool for disks has 64 threads; migration, snapshots and its timers take a few.
+        threads=256 + 2 * spec.cpu.maximum,
+        cpus=spec.cpu.maximum + 1,
+        largest_file=steps.largest_file,
+        writes_tracked=True,
     )
 
 

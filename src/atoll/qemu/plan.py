@@ -15,10 +15,15 @@ from atoll.layout import Layout, VmPaths
 from atoll.model.image import Layer
 from atoll.model.launch import Access, Capabilities, Feed, Firmware, LaunchPlan, Listener, OpenFile
 from atoll.model.spec import DiskSpec, VmSpec
-from atoll.model.units import MIB
+from atoll.model.units import GIB, MIB
 from atoll.model.vm import Vm
 from atoll.qemu import devices
-from atoll.qemu.cpu import accelerator_argument, cpu_model, topology
+from atoll.qemu.cpu import TCG_CACHE_MIB, accelerator_argument, cpu_model, topology
+
+OWN_MEMORY = (TCG_CACHE_MIB + 768) * MIB
+"""What QEMU may take beside the guest's RAM, at most: translated code, stacks, buffers, tables of large disks."""
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""QEMU's own filter of system calls: what it forbids itself once it has started (`spawn`: no other program)."""
 
 MONITORS = ("control", "observe")
 """`control` is for who holds the VM's lock, `observe` for short questions; QEMU serves one client on each."""
@@ -108,6 +113,8 @@ class _Builder:
             listeners=tuple(self.listeners),
             feeds=(Feed(name="hello", content=b'{"execute":"qmp_capabilities"}\n'),),
             working_folder=str(self.paths.run),
+            memory=self.spec.memory + OWN_MEMORY,
+            largest_file=int(max([self.spec.memory, *(disk.size for disk in self.spec.disks)]) * 1.1) + GIB,
         )
 
     def _add(self, *words: str) -> None:
@@ -125,13 +132,15 @@ class _Builder:
 
     def _plain_descriptor(self, name: str, path: object) -> str:
         """Hand a file over for code in QEMU that opens by path."""
-        self.files.append(OpenFile(name=name, path=str(path), access="read"))
+        self.files.append(OpenFile(name=name, path=str(path), access="read", by_path=True))
         return f"/proc/self/fd/@fd:{name}@"
 
     def _machine(self) -> None:
         spec, vm = self.spec, self.inputs.vm
         self._add("-name", f"guest={vm.name},debug-threads=on", "-uuid", vm.uuid)
         self._add("-nodefaults", "-no-user-config", "-msg", "timestamp=on")
+        if spec.isolation != "none" and self.inputs.caps.has(option="sandbox"):
+            self._add("-sandbox", SANDBOX)
         options = [f"type={spec.machine_type}", "usb=off", "dump-guest-core=off", "memory-backend=ram"]
         match spec.machine:
             case "q35":
@@ -146,7 +155,11 @@ class _Builder:
                 options += ["gic-version=max"] if spec.arch == "aarch64" else []
         if spec.boot.firmware == "uefi":
             options += ["pflash0=firmware", "pflash1=variables"]
-        self._add("-machine", ",".join(options), "-accel", accelerator_argument(self.inputs.accelerator))
+        accelerator = accelerator_argument(self.inputs.accelerator)
+        if self.inputs.accelerator == "kvm":
+            # Handed over like a file: its folder isn't there for a confined QEMU.
+            accelerator += f",device=/dev/fdset/{self._descriptor_set('kvm', '/dev/kvm', 'read-write')}"
+        self._add("-machine", ",".join(options), "-accel", accelerator)
         self._add("-cpu", cpu_model(spec, accelerator=self.inputs.accelerator, caps=self.inputs.caps))
         self._add("-smp", topology(spec.cpu), "-m", f"{spec.memory // MIB}M")
         self._json("-object", self._ram())

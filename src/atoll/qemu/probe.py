@@ -123,6 +123,7 @@ async def _ask(monitor: Monitor, binary: Path) -> Capabilities:
     types: list[dict[str, Any]] = await monitor.execute("qom-list-types")
     commands: list[dict[str, Any]] = await monitor.execute("query-commands")
     cpus: list[dict[str, Any]] = await monitor.execute("query-cpu-definitions")
+    options: list[dict[str, Any]] = await monitor.execute("query-command-line-options")
     number = version["qemu"]
     names = {machine["name"]: machine["name"] for machine in machines}
     names |= {machine["alias"]: machine["name"] for machine in machines if "alias" in machine}
@@ -136,6 +137,7 @@ async def _ask(monitor: Monitor, binary: Path) -> Capabilities:
         types=frozenset(entry["name"] for entry in types),
         commands=frozenset(entry["name"] for entry in commands),
         cpus=frozenset(entry["name"] for entry in cpus),
+        options=frozenset(entry["option"] for entry in options),
     )
 
 

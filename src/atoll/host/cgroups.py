@@ -1,0 +1,105 @@
+"""A control group for each VM: what its processes may take of the computer together (cgroups(7)).
+
+Found in this order: the second version where this user may divide its group, else the first version controller by
+controller, else nothing. Groups are named `atoll/ID` below our own; they are folders, and made again at each start.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+from msgspec import Struct
+
+from atoll.host import kernel
+
+FOLDER = "atoll"
+
+
+class Wanted(Struct, frozen=True, kw_only=True):
+    """Upper bounds for all processes of a VM together."""
+
+    memory: int
+    """Bytes."""
+    processes: int
+    """Threads count as well."""
+    cpus: int
+    """How many processors' time."""
+
+
+class Groups(Struct, frozen=True, kw_only=True):
+    """What was made: the files that take a pid, and what is bounded."""
+
+    entrances: tuple[str, ...] = ()
+    version: int = 0
+    bounded: frozenset[str] = frozenset()
+    """Of `memory`, `pids` and `cpu`."""
+    why: str = ""
+    """What kept the others from being made."""
+
+
+def make(name: str, wanted: Wanted) -> Groups:
+    """Make the VM's groups, or set the bounds of those that are there. Raises nothing: what isn't bounded is told."""
+    mounts, ours = kernel.cgroup_mounts(), kernel.own_groups()
+    if "" in mounts and "" in ours:
+        groups = _make_second(mounts[""] / ours[""].lstrip("/"), name, wanted)
+        if groups.bounded:
+            return groups
+    entrances: list[str] = []
+    bounded: set[str] = set()
+    why = "there are no control groups" if not mounts else ""
+    for controller, settings in _settings_of_first(wanted).items():
+        if controller not in mounts or controller not in ours:
+            continue
+        folder = mounts[controller] / ours[controller].lstrip("/") / FOLDER / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, value in settings:
+                (folder / file).write_text(value)
+        except OSError as error:
+            why = why or f"{folder}: {error.strerror}"
+            continue
+        entrances.append(str(folder / "cgroup.procs"))
+        bounded.add(controller)
+    return Groups(entrances=tuple(entrances), version=1, bounded=frozenset(bounded), why=why)
+
+
+def _settings_of_first(wanted: Wanted) -> dict[str, tuple[tuple[str, str], ...]]:
+    return {
+        "memory": (("memory.limit_in_bytes", str(wanted.memory)),),
+        "pids": (("pids.max", str(wanted.processes)),),
+        "cpu": (("cpu.cfs_quota_us", str(wanted.cpus * 100_000)),),
+    }
+
+
+def _make_second(base: Path, name: str, wanted: Wanted) -> Groups:
+    folder, controllers = base / FOLDER / name, ("memory", "pids", "cpu")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for above in (base, base / FOLDER):
+            enabled = set((above / "cgroup.subtree_control").read_text().split())
+            lacking = [f"+{each}" for each in controllers if each not in enabled]
+            if lacking:
+                (above / "cgroup.subtree_control").write_text(" ".join(lacking))
+        (folder / "memory.max").write_text(str(wanted.memory))
+        (folder / "memory.oom.group").write_text("1")
+        (folder / "pids.max").write_text(str(wanted.processes))
+        (folder / "cpu.max").write_text(f"{wanted.cpus * 100_000} 100000")
+    except OSError as error:
+        _remove(folder)
+        return Groups(why=f"{error.filename}: {error.strerror}")
+    return Groups(entrances=(str(folder / "cgroup.procs"),), version=2, bounded=frozenset(controllers))
+
+
+def remove(name: str) -> None:
+    """Remove the groups of a VM whose processes have ended. One that isn't empty yet goes at the next call."""
+    ours = kernel.own_groups()
+    for controller, mount in kernel.cgroup_mounts().items():
+        if controller in ours and controller in ("", "memory", "pids", "cpu"):
+            _remove(mount / ours[controller].lstrip("/") / FOLDER / name)
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)  # noqa: PTH106 - a control group's files can't be deleted, and needn't be
+        # The last one takes the folder of all along.
+        os.rmdir(folder.parent)  # noqa: PTH106

@@ -1,0 +1,148 @@
+"""What a process does between fork and exec to shut itself in. It can only become less from step to step.
+
+    limits ─ namespaces ─ (fork: the first process of its own pid namespace) ─ empty root ─ own user, no privileges
+           ─ Landlock ─ filter of system calls ─ exec
+
+This runs in the child of a process that may have threads: it imports nothing and takes no locks.
+"""
+
+import ctypes
+import os
+import resource
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from atoll.host import landlock, syscalls
+
+NAMESPACES = (
+    syscalls.CLONE_NEWNS
+    | syscalls.CLONE_NEWPID
+    | syscalls.CLONE_NEWIPC
+    | syscalls.CLONE_NEWUTS
+    | syscalls.CLONE_NEWNET
+    | syscalls.CLONE_NEWCGROUP
+)
+BASE = "/sys"
+"""The folder that the empty root is mounted over: every Linux has it, and nothing that a jail shows is below it."""
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+USERFAULTFD = "/dev/userfaultfd"
+
+
+class Ids(Struct, frozen=True, kw_only=True):
+    """A user and a group of a VM's own, by the host's numbers."""
+
+    user: int
+    group: int
+
+
+class Jail(Struct, frozen=True, kw_only=True):
+    """How one process is shut in. What the host lacks isn't in here: `sandbox.py` decides that, and tells it."""
+
+    namespaces: bool
+    user_namespace: bool = False
+    """Made first, by an ordinary user, to be allowed the others."""
+    ids: Ids | None = None
+    """The user and group to become."""
+    programs: tuple[str, ...] = ()
+    """Folders and files, from /, that are shown: the program and what it is made of."""
+    devices: tuple[str, ...] = DEVICES
+    writes_tracked: bool = False
+    """It gets a userfaultfd device of its own, for snapshots that are written while the guest runs."""
+    landlock: int = 0
+    """The version of the interface to use; 0 for none."""
+    filtered: bool = False
+    """System calls are filtered."""
+    limits: tuple[tuple[int, int], ...] = ()
+    """Pairs of a resource (RLIMIT_*) and its soft limit."""
+    groups: tuple[str, ...] = ()
+    """Files that take the pid of a process to be put into a control group."""
+
+
+def enter_groups_and_limits(jail: Jail) -> None:
+    for path in jail.groups:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        os.write(descriptor, b"0")
+        os.close(descriptor)
+    for kind, soft in jail.limits:
+        hard = resource.getrlimit(kind)[1]
+        ceiling = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+        # The hard limit stays: the filter keeps the process from raising its own, and we can follow a disk that grows.
+        resource.setrlimit(kind, (ceiling, hard))
+
+
+def shut_in(jail: Jail, shown: Sequence[int], filter_buffer: "ctypes.Array[ctypes.c_char] | None") -> None:
+    """The steps after the namespaces were made. `shown` are descriptors whose files can be read by their path."""
+    if jail.namespaces:
+        _empty_root(jail, shown)
+    _become_nobody(jail)
+    if jail.landlock:
+        programs = ("/",) if jail.namespaces else jail.programs
+        devices = (*jail.devices, USERFAULTFD) if jail.writes_tracked else jail.devices
+        landlock.restrict(jail.landlock, programs=programs, readable=shown, devices=devices)
+    if filter_buffer is not None:
+        syscalls.filter_system_calls(filter_buffer)
+
+
+def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
+    syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+    syscalls.mount("none", BASE, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NOEXEC, "mode=0755,size=64k,nr_inodes=512")
+    for path in jail.programs:
+        _show(path)
+    # QEMU opens kernels and RAM files by the path of their descriptor; there is no /proc but for these. They are bound
+    # by name: the descriptors were opened in another mount namespace, from which nothing can be bound.
+    for path in [f"/proc/self/fd/{number}" for number in shown]:
+        _make_file(BASE + path)
+        syscalls.mount(os.readlink(path), BASE + path, None, syscalls.MS_BIND)
+    for path in jail.devices:
+        _make_file(BASE + path)
+    if jail.writes_tracked:
+        _make_device(USERFAULTFD, BASE + USERFAULTFD, owner=jail.ids)
+    syscalls.set_mount_attributes(BASE, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
+    for path in jail.devices:
+        syscalls.mount(path, BASE + path, None, syscalls.MS_BIND)
+    os.chdir(BASE)
+    syscalls.pivot_root_here()
+    os.chdir("/")
+
+
+def _show(path: str) -> None:
+    target = BASE + path
+    # `/lib` is a link to `usr/lib` on most systems, and a folder on others.
+    if os.path.islink(path):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.symlink(os.readlink(path), target)
+        return
+    if os.path.isdir(path):
+        os.makedirs(target, exist_ok=True)
+    elif os.path.exists(path):
+        _make_file(target)
+    else:
+        return
+    syscalls.mount(path, target, None, syscalls.MS_BIND | syscalls.MS_REC)
+
+
+def _make_file(path: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
+
+
+def _make_device(like: str, path: str, *, owner: Ids | None) -> None:
+    status = os.stat(like)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.mknod(path, status.st_mode, status.st_rdev)
+    if owner is not None:
+        os.chown(path, owner.user, owner.group)
+
+
+def _become_nobody(jail: Jail) -> None:
+    if os.geteuid() == 0 or jail.user_namespace:
+        syscalls.drop_bounding_set()
+    if jail.ids is not None:
+        # Inside a user namespace they are both called 1.
+        user, group = (1, 1) if jail.user_namespace else (jail.ids.user, jail.ids.group)
+        os.setgroups([])
+        os.setresgid(group, group, group)
+        os.setresuid(user, user, user)
+    syscalls.no_new_privileges()
+    syscalls.drop_capabilities()

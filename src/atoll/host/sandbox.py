@@ -1,0 +1,181 @@
+"""Which barriers this computer has for a program that may turn hostile. `spawn.py` starts it behind them.
+
+No barrier needs a daemon. What is missing is told, and `strict` refuses to start without it.
+"""
+
+import os
+import platform
+import pwd
+import resource
+from functools import cache
+from pathlib import Path
+
+from msgspec import Struct
+
+from atoll.errors import MissingTool, Unsupported
+from atoll.host import cgroups, kernel, process, seccomp
+from atoll.host.jail import DEVICES, USERFAULTFD, Ids, Jail
+from atoll.model.isolation import BARRIERS, Barrier, Isolation, IsolationLevel
+from atoll.model.units import MIB
+
+FIRST_USER = 0x70000000
+"""Root's VMs run as users from here on, 2^27 of them: a range that neither systemd nor useradd gives to anyone
+(systemd's UIDs-GIDs page)."""
+STACK = 2 * MIB
+"""Room for each thread's stack. QEMU's heavy stacks are its coroutines', which it makes itself."""
+
+
+class Wanted(Struct, frozen=True, kw_only=True):
+    """What is to be shut in."""
+
+    id: str
+    """The VM's: decides the user, and names its control group."""
+    level: IsolationLevel
+    memory: int
+    """Bytes that all its processes may take together."""
+    threads: int
+    cpus: int
+    largest_file: int
+    """Bytes that any file which it writes may have."""
+    writes_tracked: bool
+    """It may get a userfaultfd device."""
+
+
+def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
+    """The jail for this program on this computer, and which barriers hold in it.
+
+    Raises `Unsupported` where the level is `strict` and a barrier is missing.
+    """
+    if wanted.level == "none":
+        missing = tuple(Barrier(name=name, holds=False, why="isolation is switched off") for name in BARRIERS)
+        return None, Isolation(level="none", barriers=missing)
+    namespaces, landlock = kernel.user_namespaces(), kernel.landlock_version()
+    no_ids = (namespaces.why if not namespaces.usable else _no_ids()) if os.geteuid() else ""
+    ids = None if no_ids else own_ids(wanted.id)
+    groups = cgroups.make(wanted.id, cgroups.Wanted(memory=wanted.memory, processes=wanted.threads, cpus=wanted.cpus))
+    root = os.geteuid() == 0
+    jail = Jail(
+        namespaces=namespaces.usable,
+        user_namespace=namespaces.usable and not root,
+        ids=ids,
+        programs=shown_programs(binary),
+        devices=DEVICES,
+        writes_tracked=wanted.writes_tracked and root and namespaces.usable and Path(USERFAULTFD).exists(),
+        landlock=landlock,
+        filtered=kernel.seccomp_filters() and seccomp.known(),
+        limits=_limits(wanted, alone=ids is not None, grouped="memory" in groups.bounded),
+        groups=groups.entrances,
+    )
+    barriers = _barriers(jail, namespaces=namespaces, no_ids=no_ids, groups=groups)
+    isolation = Isolation(level=wanted.level, user=ids.user if ids else None, barriers=barriers)
+    if wanted.level == "strict" and isolation.missing:
+        cgroups.remove(wanted.id)
+        lacking = "; ".join(f"{barrier.name}: {barrier.why}" for barrier in isolation.missing)
+        raise Unsupported(
+            "the isolation 'strict' isn't possible here", lacking, "See `atoll doctor`, or use --isolation standard."
+        )
+    return jail, isolation
+
+
+def _limits(wanted: Wanted, *, alone: bool, grouped: bool) -> tuple[tuple[int, int], ...]:
+    limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, wanted.largest_file), (resource.RLIMIT_STACK, STACK)]
+    if alone:
+        # Counted for each user; in a user namespace for the user in there.
+        limits.append((resource.RLIMIT_NPROC, wanted.threads))
+    if not grouped:
+        # Private writable memory, which is what the guest's RAM is as well.
+        limits.append((resource.RLIMIT_DATA, wanted.memory))
+    return tuple(limits)
+
+
+def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cgroups.Groups) -> tuple[Barrier, ...]:
+    def barrier(name: str, holds: bool, rests_on: str, missing: str) -> Barrier:
+        return Barrier(name=name, holds=holds, why=rests_on if holds else missing)
+
+    own = jail.ids is not None
+    by_group = "memory" in groups.bounded
+    counted = "pids" in groups.bounded
+    first_version = f"control group, version {groups.version}"
+    return (
+        barrier("namespaces", jail.namespaces, "mount, pid, ipc, uts, net, cgroup", namespaces.why),
+        barrier("empty root", jail.namespaces, "pivot_root", namespaces.why),
+        barrier("own user", own, f"user {jail.ids.user}" if jail.ids else "", no_ids),
+        barrier("no privileges", True, "no_new_privs", ""),
+        barrier("system calls", jail.filtered, "seccomp, and QEMU's own", "no filter on this kernel or processor"),
+        barrier("landlock", jail.landlock >= 6, f"version {jail.landlock}", _landlock_lacks(jail.landlock)),
+        barrier("memory limit", True, first_version if by_group else f"RLIMIT_DATA, since {groups.why}", ""),
+        barrier("process limit", counted or own, first_version if counted else "RLIMIT_NPROC", groups.why),
+        barrier("file limit", jail.filtered, "RLIMIT_FSIZE", "it can be raised where no system calls are filtered"),
+    )
+
+
+def _landlock_lacks(version: int) -> str:
+    if version == 0:
+        return "the kernel hasn't it, or it is switched off"
+    lacking = "TCP, abstract sockets and signals" if version < 4 else "abstract sockets and signals"
+    return f"version {version} leaves {lacking} open"
+
+
+@cache
+def shown_programs(binary: str) -> tuple[str, ...]:
+    """What QEMU is made of: its file, its libraries and modules, and its firmware blobs; all below /usr as a rule."""
+    real = os.path.realpath(binary)
+    triplet = f"/usr/lib/{platform.machine()}-linux-gnu"
+    libraries = [triplet] if Path(triplet).is_dir() else ["/usr/lib"]
+    shown = ["/lib", "/lib64", "/usr/lib64", *libraries, "/etc/ld.so.cache"]
+    shown += ["/usr/share/qemu", "/usr/share/seabios", "/usr/share/ipxe", "/usr/lib/ipxe"]
+    if not real.startswith("/usr/bin/"):
+        # Built or installed elsewhere: with what is beside it (/opt/qemu, /usr/local, /nix/store).
+        shown.append("/nix/store" if real.startswith("/nix/store/") else str(Path(real).parent.parent))
+    shown = [path for path in shown if os.path.lexists(path)]
+    # A link's target is shown where the link is, unless it is below what is shown already.
+    return tuple(dict.fromkeys([*shown, binary, real]))
+
+
+def own_ids(vm_id: str) -> Ids | None:
+    """Root's VMs have theirs from a range that nobody uses, an ordinary user's from the subordinate ids.
+
+    They follow from the VM's id. Two VMs of an ordinary user may share them now and then: there are 65,536.
+    """
+    chosen = int(vm_id[:8], 16)
+    if os.geteuid() == 0:
+        number = FIRST_USER + chosen % (1 << 27)
+        return Ids(user=number, group=number)
+    users, groups = _sub_ids("/etc/subuid"), _sub_ids("/etc/subgid")
+    if users is None or groups is None:
+        return None
+    return Ids(user=users[0] + chosen % users[1], group=groups[0] + chosen % groups[1])
+
+
+def _no_ids() -> str:
+    """What keeps an ordinary user's VMs from having users of their own; empty when nothing does."""
+    if own_ids("0" * 32) is None:
+        return f"{_user_name()} has no subordinate ids in /etc/subuid and /etc/subgid"
+    try:
+        process.find("newuidmap")
+    except MissingTool as error:
+        return f"{error.what} ({error.next_step})"
+    return ""
+
+
+@cache
+def _sub_ids(file: str) -> tuple[int, int] | None:
+    """First and count of this user's subordinate ids (subuid(5): name or number, first, count)."""
+    try:
+        lines = Path(file).read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, numbers = line.partition(":")
+        first, _, count = numbers.partition(":")
+        if name in (_user_name(), str(os.getuid())) and first.isdecimal() and count.isdecimal() and int(count):
+            return int(first), int(count)
+    return None
+
+
+@cache
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

@@ -1,0 +1,148 @@
+"""Starts a program detached and shut in: it outlives us, and what it may do is decided before its first instruction.
+
+    parent ─ fork ─ middle: session, control group, limits, user namespace (the parent maps its users), namespaces
+                      └─ fork ─ child, pid 1 in there: empty root, own user, Landlock, filter ─ exec
+
+Middle and child tell the parent on a pipe how far they came; it closes by itself when the child has become the program.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+
+from msgspec import Struct
+
+from atoll.errors import EngineFailed
+from atoll.host import process, seccomp, syscalls
+from atoll.host.jail import NAMESPACES, Jail, enter_groups_and_limits, shut_in
+
+
+class Program(Struct, frozen=True, kw_only=True):
+    """What is started."""
+
+    argv: tuple[str, ...]
+    descriptors: tuple[int, ...]
+    """Those it gets, under the same numbers."""
+    shown: tuple[int, ...] = ()
+    """Those of `descriptors` that it opens again by the path /proc/self/fd/N."""
+    output: int
+    """Where its standard output and error go."""
+    folder: str = "/"
+    """Where it works, if it has no empty root."""
+
+
+def spawn(program: Program, jail: Jail | None) -> int:
+    """Start it; returns its pid on the host. Raises `EngineFailed` when it can't be started or shut in."""
+    said, saying = os.pipe()
+    waiting, going = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        try:
+            _stand_alone(program, keep=(saying, waiting))
+            if jail is not None:
+                _enter_namespaces(jail, saying, waiting)
+            _leave_parent(saying)
+            if jail is not None:
+                shut_in(jail, program.shown, _filter(jail))
+            os.chdir("/" if jail is not None and jail.namespaces else program.folder)
+            os.execv(program.argv[0], program.argv)
+        except BaseException as error:
+            os.write(saying, f"failed {error}".encode(errors="replace")[:2000])
+        os._exit(127)
+    os.close(saying)
+    os.close(waiting)
+    try:
+        return _follow(middle, said, going, jail)
+    finally:
+        os.close(said)
+        os.close(going)
+        os.waitpid(middle, 0)
+
+
+def _stand_alone(program: Program, *, keep: tuple[int, ...]) -> None:
+    """A session of its own, and no descriptor but those that were given."""
+    os.setsid()
+    nothing = os.open("/dev/null", os.O_RDWR)
+    for target, source in ((0, nothing), (1, program.output), (2, program.output)):
+        os.dup2(source, target)
+    wanted = {0, 1, 2, *keep, *program.descriptors}
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        if int(name) not in wanted:
+            try:
+                os.close(int(name))
+            except OSError:
+                # The one that listed them.
+                continue
+    for number in program.descriptors:
+        os.set_inheritable(number, True)
+    # Python ignores broken pipes. It ignores files that reach their limit as well, which stays: the write fails then.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> None:
+    enter_groups_and_limits(jail)
+    if jail.user_namespace:
+        user, group = os.getuid(), os.getgid()
+        syscalls.unshare(syscalls.CLONE_NEWUSER)
+        if jail.ids is not None:
+            # Only newuidmap may map other users; the parent runs it.
+            os.write(saying, b"map ")
+            if not os.read(waiting, 1):
+                raise OSError("its users weren't mapped")
+        else:
+            _write("/proc/self/setgroups", "deny")
+            _write("/proc/self/uid_map", f"{user} {user} 1")
+            _write("/proc/self/gid_map", f"{group} {group} 1")
+    if jail.namespaces:
+        syscalls.unshare(NAMESPACES)
+        syscalls.set_host_name("vm")
+
+
+def _write(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    os.write(descriptor, text.encode())
+    os.close(descriptor)
+
+
+def _leave_parent(saying: int) -> None:
+    """The child goes on as nobody's child: the first process of the pid namespace, if there is one."""
+    child = os.fork()
+    if child:
+        os.write(saying, f"pid {child} ".encode())
+        os._exit(0)
+
+
+def _filter(jail: Jail) -> "ctypes.Array[ctypes.c_char] | None":
+    if not jail.filtered:
+        return None
+    own = seccomp.filter_program(own_pid=os.getpid())
+    return ctypes.create_string_buffer(own, len(own))
+
+
+def _follow(middle: int, said: int, going: int, jail: Jail | None) -> int:
+    """Read what the child says until it has become the program, or has failed."""
+    heard = b""
+    while chunk := os.read(said, 4096):
+        heard += chunk
+        if chunk == b"map ":
+            assert jail is not None
+            _map_users(middle, jail)
+            os.write(going, b"g")
+    words, _, failure = heard.decode(errors="replace").partition("failed ")
+    if failure or "pid " not in words:
+        raise EngineFailed("QEMU can't be shut in", failure or "its starter ended", "Run `atoll doctor`.")
+    return int(words.rpartition("pid ")[2])
+
+
+def _map_users(pid: int, jail: Jail) -> None:
+    """In the namespace 0 is this user, who builds the jail, and 1 the VM's own. The programs take 5 to 10 ms each."""
+    assert jail.ids is not None
+    running: list[subprocess.Popen[str]] = []
+    for tool, us, them in (("newuidmap", os.getuid(), jail.ids.user), ("newgidmap", os.getgid(), jail.ids.group)):
+        argv = [process.find(tool), str(pid), "0", str(us), "1", "1", str(them), "1"]
+        running.append(subprocess.Popen(argv, stderr=subprocess.PIPE, text=True))
+    for program in running:
+        _, errors = program.communicate(timeout=10)
+        if program.returncode != 0:
+            raise EngineFailed("the VM's own user can't be mapped", errors.strip(), "See `man newuidmap`.")
