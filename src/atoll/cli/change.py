@@ -9,6 +9,7 @@ from atoll.cli.failures import Format
 from atoll.cli.options import VM, parse_pairs
 from atoll.cli.output import emit, format_option, print_table
 from atoll.errors import InvalidInput
+from atoll.model.isolation import IsolationLevel
 from atoll.model.requests import SetRequest
 from atoll.model.spec import AcceleratorChoice
 from atoll.model.vm import Change
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--disk-size", metavar="SIZE", help="Size of the first disk; disks only grow.")
 @click.option("--display", type=click.Choice(["none", "vga", "virtio"]), help="Its graphics card.")
 @click.option("--accel", "accelerator", type=click.Choice(get_args(AcceleratorChoice)), help="What runs it.")
+@click.option("--isolation", type=click.Choice(get_args(IsolationLevel)), help="How it is confined.")
 @click.option("--cmdline", help="Added to its kernel's command line.")
 @click.option("--agent/--no-agent", default=None, help="The guest agent was installed in it, or taken away.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Set a label. Repeatable.")

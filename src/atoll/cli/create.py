@@ -21,6 +21,7 @@ from atoll.cli.options import (
 )
 from atoll.cli.output import emit, format_option
 from atoll.errors import InvalidInput, NotFound
+from atoll.model.isolation import IsolationLevel
 from atoll.model.requests import CreateRequest
 from atoll.model.spec import AcceleratorChoice, Arch, Bus, Firmware, Machine
 
@@ -58,6 +59,10 @@ _OPTIONS = [
     click.option("--machine", type=click.Choice(get_args(Machine)), help="QEMU's machine."),
     click.option("--firmware", type=click.Choice(get_args(Firmware)), help="How it boots."),
     click.option("--accel", type=click.Choice(get_args(AcceleratorChoice)), default="auto", help="What runs it."),
+    click.option(
+        "--isolation", type=click.Choice(get_args(IsolationLevel)), default="standard",
+        help="How it is confined: with all there is (standard), with everything or not at all started (strict), none.",
+    ),
     click.option("--cpu-model", help="A CPU model of QEMU's, such as Skylake-Server."),
     click.option("--sockets", type=int, help="CPU sockets."),
     click.option("--threads", type=int, help="Threads of each core."),

@@ -121,6 +121,7 @@ def _description(info: VmInfo) -> list[tuple[str, str]]:
         ("Suspended", _suspended(info)),
         ("Created", f"{moment(vm.created_at)} ({age(vm.created_at)})"),
         ("Process", _process(info)),
+        ("Isolation", _isolation(info)),
         ("Machine", f"{spec.machine_type or spec.machine}, {spec.arch}, {spec.boot.firmware}"),
         ("CPUs", f"{spec.cpu.count} (up to {spec.cpu.maximum}), {spec.cpu.model}"),
         ("Memory", format_size(spec.memory)),
@@ -133,6 +134,15 @@ def _description(info: VmInfo) -> list[tuple[str, str]]:
         ("At next start", "changed settings take effect" if vm.pending else ""),
         ("When stopped", "it is removed" if vm.remove_when_stopped else ""),
     ]
+
+
+def _isolation(info: VmInfo) -> str:
+    """The level, and of a running one each barrier: what it rests on, or why it doesn't hold."""
+    run = info.vm.run
+    if run is None or run.isolation is None:
+        return info.vm.spec.isolation
+    lines = [f"{barrier.name}: {'' if barrier.holds else 'no: '}{barrier.why}" for barrier in run.isolation.barriers]
+    return "\n".join([run.isolation.level, *lines])
 
 
 def _way_on(info: VmInfo) -> str:

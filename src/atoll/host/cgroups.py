@@ -1,11 +1,13 @@
 """A control group for each VM: what its processes may take of the computer together (cgroups(7)).
 
 Found in this order: the second version where this user may divide its group, else the first version controller by
-controller, else nothing. Groups are named `atoll/ID` below our own; they are folders, and made again at each start.
+controller, else nothing. Groups are folders, named `atoll/VM.START` below our own: while a VM is restored it has two
+QEMUs for a moment, each with its own.
 """
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 
 from msgspec import Struct
@@ -37,8 +39,9 @@ class Groups(Struct, frozen=True, kw_only=True):
     """What kept the others from being made."""
 
 
-def make(name: str, wanted: Wanted) -> Groups:
-    """Make the VM's groups, or set the bounds of those that are there. Raises nothing: what isn't bounded is told."""
+def make(vm_id: str, wanted: Wanted) -> Groups:
+    """Make the groups of one start of a VM. Raises nothing: what isn't bounded is told."""
+    name = f"{vm_id}.{secrets.token_hex(4)}"
     mounts, ours = kernel.cgroup_mounts(), kernel.own_groups()
     if "" in mounts and "" in ours:
         groups = _make_second(mounts[""] / ours[""].lstrip("/"), name, wanted)
@@ -90,12 +93,13 @@ def _make_second(base: Path, name: str, wanted: Wanted) -> Groups:
     return Groups(entrances=(str(folder / "cgroup.procs"),), version=2, bounded=frozenset(controllers))
 
 
-def remove(name: str) -> None:
-    """Remove the groups of a VM whose processes have ended. One that isn't empty yet goes at the next call."""
+def remove(vm_id: str) -> None:
+    """Remove the groups of a VM whose processes have ended. One that isn't empty stays until a later call."""
     ours = kernel.own_groups()
     for controller, mount in kernel.cgroup_mounts().items():
         if controller in ours and controller in ("", "memory", "pids", "cpu"):
-            _remove(mount / ours[controller].lstrip("/") / FOLDER / name)
+            for folder in (mount / ours[controller].lstrip("/") / FOLDER).glob(f"{vm_id}.*"):
+                _remove(folder)
 
 
 def _remove(folder: Path) -> None:

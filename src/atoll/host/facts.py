@@ -59,9 +59,10 @@ def is_alive(identity: Identified) -> bool:
     return stat is not None and stat[1] == identity.start_time
 
 
-def scan_for(marker: str, *, after: str | None = None) -> list[int]:
+def scan_for(marker: str, *, after: str | None = None, also_user: int | None = None) -> list[int]:
     """The pids of this user's processes that have `marker` as a whole word of their argv; our own isn't told.
 
+    With `also_user` those of another user, too: one that belongs to this one's VM.
     `after` is the word that must stand before it: `scan_for(uuid, after="-uuid")` finds a QEMU, but not a command of
     ours that was given the same id.
     """
@@ -74,7 +75,7 @@ def scan_for(marker: str, *, after: str | None = None) -> list[int]:
         if any(
             word == wanted and (before is None or (index > 0 and words[index - 1] == before))
             for index, word in enumerate(words)
-        ) and _belongs_to_us(int(name)):
+        ) and _user_of(int(name)) in (os.getuid(), also_user):
             found.append(int(name))
     return sorted(found)
 
@@ -103,16 +104,15 @@ def _argv_of(pid: int) -> list[bytes]:
         return []
 
 
-def _belongs_to_us(pid: int) -> bool:
+def _user_of(pid: int) -> int:
+    """The real user; -1 when it is gone."""
     # Not the folder's owner: that is root for a process that changed its user or its capabilities.
     try:
         status = (PROC / str(pid) / "status").read_text(errors="replace")
     except OSError:
-        return False
-    for line in status.splitlines():
-        if line.startswith("Uid:"):
-            return int(line.split()[1]) == os.getuid()
-    return False
+        return -1
+    line = next((line for line in status.splitlines() if line.startswith("Uid:")), "Uid: -1")
+    return int(line.split()[1])
 
 
 class Cpu(Struct, frozen=True, kw_only=True):

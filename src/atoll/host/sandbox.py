@@ -3,6 +3,7 @@
 No barrier needs a daemon. What is missing is told, and `strict` refuses to start without it.
 """
 
+import contextlib
 import os
 import platform
 import pwd
@@ -16,13 +17,26 @@ from atoll.errors import MissingTool, Unsupported
 from atoll.host import cgroups, kernel, process, seccomp
 from atoll.host.jail import DEVICES, USERFAULTFD, Ids, Jail
 from atoll.model.isolation import BARRIERS, Barrier, Isolation, IsolationLevel
-from atoll.model.units import MIB
+from atoll.model.units import GIB, MIB
 
 FIRST_USER = 0x70000000
 """Root's VMs run as users from here on, 2^27 of them: a range that neither systemd nor useradd gives to anyone
 (systemd's UIDs-GIDs page)."""
 STACK = 2 * MIB
 """Room for each thread's stack. QEMU's heavy stacks are its coroutines', which it makes itself."""
+
+
+def largest_file(size: int) -> int:
+    """What a file may come to that holds `size` bytes of a guest: tables, and a spare gibibyte."""
+    return int(size * 1.1) + GIB
+
+
+def allow_file(pid: int, size: int) -> None:
+    """Let a process that was started for smaller disks write a file for `size` bytes of its guest."""
+    with contextlib.suppress(ProcessLookupError):
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        if soft != resource.RLIM_INFINITY and soft < largest_file(size):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (largest_file(size), hard))
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
@@ -35,8 +49,8 @@ class Wanted(Struct, frozen=True, kw_only=True):
     """Bytes that all its processes may take together."""
     threads: int
     cpus: int
-    largest_file: int
-    """Bytes that any file which it writes may have."""
+    guest_data: int
+    """Bytes of the guest that its largest file is for: a disk's size, or the RAM's."""
     writes_tracked: bool
     """It may get a userfaultfd device."""
 
@@ -78,7 +92,13 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
 
 
 def _limits(wanted: Wanted, *, alone: bool, grouped: bool) -> tuple[tuple[int, int], ...]:
-    limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, wanted.largest_file), (resource.RLIMIT_STACK, STACK)]
+    limits = [
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, largest_file(wanted.guest_data)),
+        (resource.RLIMIT_STACK, STACK),
+    ]
+    # QEMU raises this one to the most it may have, and gives up where it can't: the filter would keep it from that.
+    limits.append((resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     if alone:
         # Counted for each user; in a user namespace for the user in there.
         limits.append((resource.RLIMIT_NPROC, wanted.threads))

@@ -29,7 +29,7 @@ class Program(Struct, frozen=True, kw_only=True):
     output: int
     """Where its standard output and error go."""
     folder: str = "/"
-    """Where it works, if it has no empty root."""
+    """Where it works, if it has no empty root. Its environment has nothing but this."""
 
 
 def spawn(program: Program, jail: Jail | None) -> int:
@@ -46,7 +46,8 @@ def spawn(program: Program, jail: Jail | None) -> int:
             if jail is not None:
                 shut_in(jail, program.shown, _filter(jail))
             os.chdir("/" if jail is not None and jail.namespaces else program.folder)
-            os.execv(program.argv[0], program.argv)
+            # Whatever secrets are in our environment, they aren't for it.
+            os.execve(program.argv[0], program.argv, {"ATOLL_FOLDER": program.folder, "LC_ALL": "C.UTF-8"})
         except BaseException as error:
             os.write(saying, f"failed {error}".encode(errors="replace")[:2000])
         os._exit(127)

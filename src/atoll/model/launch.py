@@ -45,8 +45,6 @@ class LaunchPlan(Struct, frozen=True, kw_only=True):
     working_folder: str = "/"
     memory: int = 0
     """Bytes that it may take, guest and all."""
-    largest_file: int = 0
-    """Bytes that the largest file which it writes may come to."""
 
 
 class Firmware(Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Struct, field
 
 from atoll.errors import InvalidInput
+from atoll.model.isolation import IsolationLevel
 from atoll.model.spec import AcceleratorChoice, Arch, Bus, Firmware, Machine, PortSpec
 
 Request = TypeVar("Request", bound=Struct)
@@ -56,6 +57,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     machine: Machine | None = None
     firmware: Firmware | None = None
     accelerator: AcceleratorChoice = "auto"
+    isolation: IsolationLevel = "standard"
     cdrom: tuple[str, ...] = ()
     """Images (of ISO files) put into CD drives."""
     disk_bus: Bus | None = None
@@ -82,6 +84,7 @@ class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of the first disk; disks only grow."""
     display: Literal["none", "vga", "virtio"] | None = None
     accelerator: AcceleratorChoice | None = None
+    isolation: IsolationLevel | None = None
     cmdline: str | None = None
     agent: bool | None = None
     """The guest agent was installed in it, or taken away."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.errors import AlreadyExists, EngineFailed, InvalidInput
-from atoll.host import facts, files
+from atoll.host import cgroups, facts, files
 from atoll.host.launch import launch
-from atoll.host.sandbox import Wanted, prepare
+from atoll.host.sandbox import Wanted, own_ids, prepare
 from atoll.host.sockets import connect
 from atoll.layout import VmPaths
 from atoll.model.launch import LaunchPlan
@@ -105,7 +105,7 @@ def _wanted(vm: Vm, spec: VmSpec, steps: LaunchPlan) -> Wanted:
         # QEMU's pool for disks has 64 threads; migration, snapshots and its timers take a few.
         threads=256 + 2 * spec.cpu.maximum,
         cpus=spec.cpu.maximum + 1,
-        largest_file=steps.largest_file,
+        guest_data=max([spec.memory, *(disk.size for disk in spec.disks)]),
         writes_tracked=True,
     )
 
@@ -198,11 +198,13 @@ def _start_failure(vm: Vm, paths: VmPaths, otherwise: str) -> EngineFailed:
 
 
 async def kill_strays(vm: Vm) -> None:
-    """Kill each QEMU of this user that was started for the VM, but isn't recorded, and wait until it is gone."""
+    """Kill each QEMU that was started for the VM, but isn't recorded, and wait until it is gone."""
     recorded = vm.run.pid if vm.run is not None and facts.is_alive(vm.run) else None
-    for pid in facts.scan_for(vm.uuid, after="-uuid"):
+    ids = own_ids(vm.id)
+    for pid in facts.scan_for(vm.uuid, after="-uuid", also_user=ids.user if ids else None):
         if pid != recorded:
             await kill(pid)
+    cgroups.remove(vm.id)
 
 
 async def kill(pid: int) -> None:

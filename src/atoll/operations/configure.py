@@ -82,6 +82,7 @@ def _changed(spec: VmSpec, request: SetRequest) -> VmSpec:
         memory=spec.memory if request.memory is None else resolve.check_memory(request.memory),
         display=request.display or spec.display,
         accelerator=request.accelerator or spec.accelerator,
+        isolation=request.isolation or spec.isolation,
         guest=spec.guest if request.agent is None else replace(spec.guest, agent=request.agent),
     )
     return replace(changed, addresses=devices.assign_addresses(changed))
@@ -94,6 +95,7 @@ SETTINGS: dict[str, Callable[[VmSpec], str | int]] = {
     "memory": lambda spec: spec.memory,
     "display": lambda spec: spec.display,
     "accelerator": lambda spec: spec.accelerator,
+    "isolation": lambda spec: spec.isolation,
     "agent": lambda spec: str(spec.guest.agent).lower(),
     "cmdline": lambda spec: spec.boot.cmdline,
 }

@@ -184,6 +184,7 @@ def settings(spec: VmSpec) -> dict[str, str]:
         "machine": spec.machine,
         "machine type": spec.machine_type,
         "accelerator": spec.accelerator,
+        "isolation": spec.isolation,
         "cpus": str(cpu.count),
         "cpus at most": str(cpu.maximum),
         "cpu model": cpu.model,

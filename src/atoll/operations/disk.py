@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from atoll.errors import AlreadyExists, AtollError, EngineFailed, InvalidInput, NotFound, TimedOut
 from atoll.host import disks
+from atoll.host.sandbox import allow_file
 from atoll.model.requests import DiskRequest
 from atoll.model.spec import DiskSpec, VmSpec
 from atoll.model.state import Phase, require
@@ -170,6 +171,7 @@ async def _attach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
             context.notes["later"] = f"its {devices.HOTPLUG_PORTS} hot-plug ports are used"
             return
         context.notes["port"] = port
+        _let_grow(context.vm, disk.size)
         layout, layers = context.services.layout, {layer.id: layer for layer in context.services.records.layers()}
         await add_nodes(
             monitor,
@@ -177,6 +179,11 @@ async def _attach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
         )
         for device in devices.disk_devices(context.vm.spec, disk, boot_index=None, bus=port):
             await monitor.execute("device_add", device)
+
+
+def _let_grow(vm: Vm, size: int) -> None:
+    if vm.run is not None:
+        allow_file(vm.run.pid, size)
 
 
 async def _free_port(monitor: Monitor) -> str | None:
@@ -269,6 +276,7 @@ async def _grow(context: Context[ResizeRequest]) -> None:
         await disks.resize(context.services.layout.vm(vm.id).head(disk), request.size)
         return
     disk = _find(vm.spec, request.name, vm.name)
+    _let_grow(vm, request.size)
     async with control(context.services, vm) as monitor:
         await monitor.execute("block_resize", {"node-name": devices.head_node(disk), "size": request.size})
 

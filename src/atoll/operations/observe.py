@@ -120,6 +120,7 @@ def record_end(services: Services, vm: Vm) -> Vm:
 
     Where nothing can be written, the next command will see the same.
     """
+    from atoll.host import cgroups
     from atoll.host.files import locked
 
     end = evidence(vm, services.layout.vm(vm.id))
@@ -132,6 +133,7 @@ def record_end(services: Services, vm: Vm) -> Vm:
         if current is not None and current.run == vm.run:
             ended = replace(current, run=None, last_exit=end)
             services.records.put_vm(ended)
+            cgroups.remove(vm.id)
             data = {"reason": end.reason, "detail": end.detail}
             services.records.add_event("vm.ended", vm_id=vm.id, name=vm.name, data=data)
     return ended

@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from atoll.errors import AtollError, from_os_error
-from atoll.host import facts, files
+from atoll.host import cgroups, facts, files
 from atoll.model.state import require
 from atoll.model.vm import Vm
 from atoll.operations import observe
@@ -104,6 +104,7 @@ async def _forget(context: Context[RemoveRequest]) -> None:
     for node in records.snapshots(context.subject):
         records.remove_snapshot(node.id)
     if vm is not None:
+        cgroups.remove(vm.id)
         records.remove_vm(context.subject)
         records.add_event("vm.removed", vm_id=context.subject, name=context.request.name)
 

@@ -81,6 +81,7 @@ def resolve(
         machine=machine,
         machine_type=caps.machines[machine],
         accelerator=request.accelerator,
+        isolation=request.isolation,
         cpu=_cpu(request, machine, host_cpus),
         memory=check_memory(request.memory if request.memory is not None else (image.memory if image else None)),
         boot=_boot(request, image, firmware),

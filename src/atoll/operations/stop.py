@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.errors import AtollError
-from atoll.host import facts
+from atoll.host import cgroups, facts
 from atoll.host.sockets import connect
 from atoll.host.watch import wait_for_exit
 from atoll.model.operation import Progress
@@ -134,6 +134,7 @@ def record_stopped(services: Services, vm: Vm, how: str) -> None:
     if how and end.reason != "guest-panic":
         end = Exit(at=time.time(), reason=reason, detail=how)
     services.records.put_vm(replace(vm, run=None, last_exit=end))
+    cgroups.remove(vm.id)
     services.records.add_event(
         "vm.stopped", vm_id=vm.id, name=vm.name, data={"reason": end.reason, "detail": end.detail}
     )

@@ -15,7 +15,7 @@ from atoll.layout import Layout, VmPaths
 from atoll.model.image import Layer
 from atoll.model.launch import Access, Capabilities, Feed, Firmware, LaunchPlan, Listener, OpenFile
 from atoll.model.spec import DiskSpec, VmSpec
-from atoll.model.units import GIB, MIB
+from atoll.model.units import MIB
 from atoll.model.vm import Vm
 from atoll.qemu import devices
 from atoll.qemu.cpu import TCG_CACHE_MIB, accelerator_argument, cpu_model, topology
@@ -114,7 +114,6 @@ class _Builder:
             feeds=(Feed(name="hello", content=b'{"execute":"qmp_capabilities"}\n'),),
             working_folder=str(self.paths.run),
             memory=self.spec.memory + OWN_MEMORY,
-            largest_file=int(max([self.spec.memory, *(disk.size for disk in self.spec.disks)]) * 1.1) + GIB,
         )
 
     def _add(self, *words: str) -> None:
