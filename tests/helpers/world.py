@@ -64,7 +64,7 @@ def _of_files(layout: Layout, vm: Vm) -> list[str]:
 
 async def _of_process(services: Services, vm: Vm) -> list[str]:
     phase = observe.phase_of(services, vm)
-    there = {str(pid) for pid in facts.scan_for(vm.uuid, after="-uuid")}
+    there = {str(pid) for pid in facts.scan_for(vm.uuid, after="-uuid", also_user=own_user(vm))}
     recorded = {str(vm.run.pid)} if vm.run is not None and phase is not Phase.STOPPED else set()
     found = _compared(f"{vm.name}: QEMU", there, recorded)
     if phase in (Phase.RUNNING, Phase.PAUSED) and not found:

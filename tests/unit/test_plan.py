@@ -42,6 +42,7 @@ def capabilities(arch: str, *, types: frozenset[str] = frozenset({"vmgenid"})) -
         types=types,
         commands=frozenset(),
         cpus=frozenset({"max"}),
+        options=frozenset({"sandbox"}),
     )
 
 

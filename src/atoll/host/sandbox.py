@@ -3,7 +3,6 @@
 No barrier needs a daemon. What is missing is told, and `strict` refuses to start without it.
 """
 
-import contextlib
 import os
 import platform
 import pwd
@@ -22,6 +21,8 @@ from atoll.model.units import GIB, MIB
 FIRST_USER = 0x70000000
 """Root's VMs run as users from here on, 2^27 of them: a range that neither systemd nor useradd gives to anyone
 (systemd's UIDs-GIDs page)."""
+UNTOUCHED = 512 * MIB
+"""Stacks of threads and coroutines count as data, though hardly a page of them is ever touched."""
 STACK = 2 * MIB
 """Room for each thread's stack. QEMU's heavy stacks are its coroutines', which it makes itself."""
 
@@ -31,12 +32,23 @@ def largest_file(size: int) -> int:
     return int(size * 1.1) + GIB
 
 
-def allow_file(pid: int, size: int) -> None:
-    """Let a process that was started for smaller disks write a file for `size` bytes of its guest."""
-    with contextlib.suppress(ProcessLookupError):
+async def allow_file(vm_id: str, pid: int, size: int) -> None:
+    """Let a QEMU that was started for smaller disks write a file for `size` bytes of its guest."""
+    wanted = largest_file(size)
+    try:
         soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        if soft != resource.RLIM_INFINITY and soft < largest_file(size):
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (largest_file(size), hard))
+        if soft == resource.RLIM_INFINITY or soft >= wanted:
+            return
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (wanted, hard))
+    except ProcessLookupError:
+        return
+    except PermissionError:
+        # A root that may not change others' limits (containers' lacks CAP_SYS_RESOURCE) may still become their user.
+        ids = own_ids(vm_id)
+        if ids is None:
+            raise
+        become = ["setpriv", f"--reuid={ids.user}", f"--regid={ids.group}", "--clear-groups"]
+        await process.run([*become, "prlimit", f"--pid={pid}", f"--fsize={wanted}:"])
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
@@ -46,7 +58,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
     """The VM's: decides the user, and names its control group."""
     level: IsolationLevel
     memory: int
-    """Bytes that all its processes may take together."""
+    """Bytes that it may take, the guest's RAM included."""
     threads: int
     cpus: int
     guest_data: int
@@ -77,7 +89,9 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         writes_tracked=wanted.writes_tracked and root and namespaces.usable and Path(USERFAULTFD).exists(),
         landlock=landlock,
         filtered=kernel.seccomp_filters() and seccomp.known(),
-        limits=_limits(wanted, alone=ids is not None, grouped="memory" in groups.bounded),
+        limits=_limits(
+            wanted, alone=ids is not None or (namespaces.usable and not root), grouped="memory" in groups.bounded
+        ),
         groups=groups.entrances,
     )
     barriers = _barriers(jail, namespaces=namespaces, no_ids=no_ids, groups=groups)
@@ -104,7 +118,7 @@ def _limits(wanted: Wanted, *, alone: bool, grouped: bool) -> tuple[tuple[int, i
         limits.append((resource.RLIMIT_NPROC, wanted.threads))
     if not grouped:
         # Private writable memory, which is what the guest's RAM is as well.
-        limits.append((resource.RLIMIT_DATA, wanted.memory))
+        limits.append((resource.RLIMIT_DATA, wanted.memory + UNTOUCHED))
     return tuple(limits)
 
 
@@ -115,6 +129,7 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
     own = jail.ids is not None
     by_group = "memory" in groups.bounded
     counted = "pids" in groups.bounded
+    numbered = any(kind == resource.RLIMIT_NPROC for kind, _ in jail.limits)
     first_version = f"control group, version {groups.version}"
     return (
         barrier("namespaces", jail.namespaces, "mount, pid, ipc, uts, net, cgroup", namespaces.why),
@@ -123,8 +138,13 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
         barrier("no privileges", True, "no_new_privs", ""),
         barrier("system calls", jail.filtered, "seccomp, and QEMU's own", "no filter on this kernel or processor"),
         barrier("landlock", jail.landlock >= 6, f"version {jail.landlock}", _landlock_lacks(jail.landlock)),
-        barrier("memory limit", True, first_version if by_group else f"RLIMIT_DATA, since {groups.why}", ""),
-        barrier("process limit", counted or own, first_version if counted else "RLIMIT_NPROC", groups.why),
+        barrier("memory limit", True, first_version if by_group else "RLIMIT_DATA, without a control group", ""),
+        barrier(
+            "process limit",
+            counted or numbered,
+            first_version if counted else "RLIMIT_NPROC",
+            "it would count all of this user's processes",
+        ),
         barrier("file limit", jail.filtered, "RLIMIT_FSIZE", "it can be raised where no system calls are filtered"),
     )
 

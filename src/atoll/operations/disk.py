@@ -171,7 +171,7 @@ async def _attach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
             context.notes["later"] = f"its {devices.HOTPLUG_PORTS} hot-plug ports are used"
             return
         context.notes["port"] = port
-        _let_grow(context.vm, disk.size)
+        await _let_grow(context.vm, disk.size)
         layout, layers = context.services.layout, {layer.id: layer for layer in context.services.records.layers()}
         await add_nodes(
             monitor,
@@ -181,9 +181,9 @@ async def _attach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
             await monitor.execute("device_add", device)
 
 
-def _let_grow(vm: Vm, size: int) -> None:
+async def _let_grow(vm: Vm, size: int) -> None:
     if vm.run is not None:
-        allow_file(vm.run.pid, size)
+        await allow_file(vm.id, vm.run.pid, size)
 
 
 async def _free_port(monitor: Monitor) -> str | None:
@@ -276,7 +276,7 @@ async def _grow(context: Context[ResizeRequest]) -> None:
         await disks.resize(context.services.layout.vm(vm.id).head(disk), request.size)
         return
     disk = _find(vm.spec, request.name, vm.name)
-    _let_grow(vm, request.size)
+    await _let_grow(vm, request.size)
     async with control(context.services, vm) as monitor:
         await monitor.execute("block_resize", {"node-name": devices.head_node(disk), "size": request.size})
 

@@ -20,8 +20,8 @@ from atoll.model.vm import Vm
 from atoll.qemu import devices
 from atoll.qemu.cpu import TCG_CACHE_MIB, accelerator_argument, cpu_model, topology
 
-OWN_MEMORY = (TCG_CACHE_MIB + 768) * MIB
-"""What QEMU may take beside the guest's RAM, at most: translated code, stacks, buffers, tables of large disks."""
+OWN_MEMORY, MEMORY_OF_A_DISK = (TCG_CACHE_MIB + 256) * MIB, 64 * MIB
+"""Bytes that QEMU may take beside the guest's RAM: translated code, stacks and buffers; and the tables of each disk."""
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """QEMU's own filter of system calls: what it forbids itself once it has started (`spawn`: no other program)."""
 
@@ -113,7 +113,7 @@ class _Builder:
             listeners=tuple(self.listeners),
             feeds=(Feed(name="hello", content=b'{"execute":"qmp_capabilities"}\n'),),
             working_folder=str(self.paths.run),
-            memory=self.spec.memory + OWN_MEMORY,
+            memory=self.spec.memory + OWN_MEMORY + len(self.spec.disks) * MEMORY_OF_A_DISK,
         )
 
     def _add(self, *words: str) -> None:

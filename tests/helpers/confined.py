@@ -1,0 +1,110 @@
+"""Runs attacks behind barriers, in the jail of a real VM: `python -m tests.helpers.confined` with a `Trial` as JSON.
+
+A process of its own, so that it can be another user's.
+"""
+
+import fcntl
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from atoll.host import cgroups, kernel, sandbox
+from atoll.host.jail import Jail
+from atoll.host.spawn import Program, spawn
+from atoll.model.isolation import Isolation
+from tests.helpers import attacks
+
+PYTHON = os.path.realpath("/usr/bin/python3")
+LAYERS = ("no privileges", "namespaces and empty root", "own user", "system calls", "landlock", "limits")
+"""What can be there alone. Without privileges is all of it; the others are each tried with that and nothing else."""
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    vm_id: str
+    memory: int
+    disk_size: int
+    disk: str
+    """A file that the VM has open for writing."""
+    layers: tuple[str, ...] = LAYERS
+    namespaces: bool = True
+    """False: on a host that refuses user namespaces to its users."""
+    targets: dict[str, Any]
+    filters: tuple[str, ...]
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    isolation: Isolation
+    blocked: dict[str, str]
+    """Each attack, and what came of it."""
+
+
+def run(trial: Trial) -> Outcome:
+    if not trial.namespaces:
+        kernel.user_namespaces = lambda: kernel.Feature(usable=False, why="refused to this user")
+    wanted = sandbox.Wanted(
+        id=trial.vm_id, level="standard", memory=trial.memory + (576 << 20), threads=258, cpus=3,
+        guest_data=max(trial.memory, trial.disk_size), writes_tracked=True,
+    )  # fmt: skip
+    jail, isolation = sandbox.prepare(PYTHON, wanted)
+    assert jail is not None
+    # The stand-in is a Python program; all else is as it is for QEMU.
+    library = f"/usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
+    jail = replace(_only(jail, trial.layers), programs=(*jail.programs, library))
+    try:
+        blocked = {name: _attack(name, jail, trial, wanted) for name in attacks.ATTACKS}
+    finally:
+        cgroups.remove(trial.vm_id)
+    return Outcome(isolation=isolation, blocked=blocked)
+
+
+def _only(jail: Jail, layers: tuple[str, ...]) -> Jail:
+    limits = [each for each in jail.limits if "limits" in layers or each[0] == resource.RLIMIT_NOFILE]
+    return replace(
+        jail,
+        namespaces=jail.namespaces and LAYERS[1] in layers,
+        user_namespace=jail.user_namespace and (LAYERS[1] in layers or "own user" in layers),
+        ids=jail.ids if "own user" in layers else None,
+        filtered=jail.filtered and "system calls" in layers,
+        landlock=jail.landlock if "landlock" in layers else 0,
+        limits=tuple(limits),
+        groups=jail.groups if "limits" in layers else (),
+        writes_tracked=jail.writes_tracked and LAYERS[1] in layers,
+    )
+
+
+def _attack(name: str, jail: Jail, trial: Trial, wanted: sandbox.Wanted) -> str:
+    told, telling = os.pipe()
+    hearing, saying = os.pipe()
+    disk = os.open(trial.disk, os.O_RDWR)
+    high = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 20) for number in (told, saying, disk)]
+    for number, target in zip(high, (3, 4, 5), strict=True):
+        os.dup2(number, target)
+    targets = trial.targets | {
+        "attack": name, "disk_descriptor": 5, "memory": trial.memory, "threads": wanted.threads,
+        "largest_file": sandbox.largest_file(wanted.guest_data),
+        "filters": trial.filters if "system calls" in trial.layers else (),
+    }  # fmt: skip
+    os.write(telling, msgspec.json.encode(targets))
+    argv = (PYTHON, "-I", "-S", "-c", Path(attacks.__file__).read_text())
+    program = Program(argv=argv, descriptors=(3, 4, 5), output=2)
+    spawn(program, jail)
+    for number in (3, 4, 5):
+        os.dup2(2, number)
+    for number in (told, telling, saying, disk, *high):
+        os.close(number)
+    said = os.read(hearing, 1000).decode()
+    os.close(hearing)
+    return said.strip() or "killed"
+
+
+if __name__ == "__main__":
+    # The numbers that the stand-in wants are taken, so that nothing else gets them.
+    for wanted_number in (3, 4, 5):
+        os.dup2(2, wanted_number)
+    result = run(msgspec.json.decode(sys.stdin.buffer.read(), type=Trial))
+    sys.stdout.buffer.write(msgspec.json.encode(result))
