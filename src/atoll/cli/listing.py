@@ -121,6 +121,7 @@ def _description(info: VmInfo) -> list[tuple[str, str]]:
         ("Suspended", _suspended(info)),
         ("Created", f"{moment(vm.created_at)} ({age(vm.created_at)})"),
         ("Process", _process(info)),
+        ("Confined less", "\n".join(vm.run.weaker) if vm.run else ""),
         ("Machine", f"{spec.machine_type or spec.machine}, {spec.arch}, {spec.boot.firmware}"),
         ("CPUs", f"{spec.cpu.count} (up to {spec.cpu.maximum}), {spec.cpu.model}"),
         ("Memory", format_size(spec.memory)),

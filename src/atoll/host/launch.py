@@ -4,11 +4,13 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.errors import EngineFailed, StorageFailed, from_os_error
+from atoll.host import user_network
 from atoll.host.sockets import listen
-from atoll.model.launch import LaunchPlan
+from atoll.model.launch import LaunchPlan, Network, UserNetwork
 
 _FLAGS = {
     "read": os.O_RDONLY,
@@ -18,17 +20,26 @@ _FLAGS = {
 }
 
 
-def launch(plan: LaunchPlan, *, log: Path) -> subprocess.Popen[bytes]:
+@dataclass(frozen=True)
+class Launched:
+    process: subprocess.Popen[bytes]
+    weaker: tuple[str, ...]
+    """A sentence about each part that is confined less than it should be."""
+
+
+def launch(plan: LaunchPlan, *, log: Path) -> Launched:
     """Start QEMU in a session of its own, with its output in `log`. It outlives us.
 
-    Raises `StorageFailed` when a file can't be opened, `EngineFailed` when the binary can't be started.
+    Raises `StorageFailed` when a file can't be opened, `EngineFailed` when a program can't be started, `AlreadyExists`
+    when a port is taken.
     """
+    weaker: list[str] = []
     with contextlib.ExitStack() as stack:
-        descriptors = dict(_open_all(plan, stack))
+        descriptors = dict(_open_all(plan, stack, weaker))
         argv = [plan.binary, *(_fill(word, descriptors) for word in plan.argv)]
         output = stack.enter_context(log.open("ab"))
         try:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 argv,
                 pass_fds=tuple(descriptors.values()),
                 stdin=subprocess.DEVNULL,
@@ -39,9 +50,10 @@ def launch(plan: LaunchPlan, *, log: Path) -> subprocess.Popen[bytes]:
             )
         except OSError as error:
             raise EngineFailed(f"{plan.binary} can't be started", str(error), "Run `atoll doctor`.") from error
+    return Launched(process=process, weaker=tuple(weaker))
 
 
-def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack) -> Iterator[tuple[str, int]]:
+def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack, weaker: list[str]) -> Iterator[tuple[str, int]]:
     for file in plan.files:
         try:
             descriptor = os.open(file.path, _FLAGS[file.access] | os.O_CLOEXEC, 0o600)
@@ -64,6 +76,19 @@ def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack) -> Iterator[tuple[s
         os.write(writing, feed.content)
         os.close(writing)
         yield feed.name, reading
+    for network in plan.networks:
+        yield from _open_network(network, stack, weaker)
+
+
+def _open_network(network: Network, stack: contextlib.ExitStack, weaker: list[str]) -> Iterator[tuple[str, int]]:
+    """What a NIC's frames go through, under the network's name, and what else QEMU has to hold for it."""
+    match network:
+        case UserNetwork():
+            link = user_network.open_link(network)
+            stack.callback(link.close)
+            weaker += [link.weaker] if link.weaker else []
+            yield network.name, link.frames.fileno()
+            yield network.lifeline, link.lifeline
 
 
 def _fill(word: str, descriptors: dict[str, int]) -> str:

@@ -23,6 +23,8 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     start_count: int = 1
     from_memory: bool = False
     """It didn't boot, but went on from memory that was saved."""
+    weaker: tuple[str, ...] = ()
+    """A sentence about each part of it that this host lets be confined less than it should be."""
 
 
 class Exit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,11 +6,12 @@ import os
 import shlex
 import signal
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.errors import AlreadyExists, EngineFailed, InvalidInput
-from atoll.host import facts, files
+from atoll.host import facts, files, user_network
 from atoll.host.launch import launch
 from atoll.host.sockets import connect
 from atoll.layout import VmPaths
@@ -30,6 +31,9 @@ from atoll.qemu.plan import PlanInputs, PrivateRam, plan
 GREETING_TIME = 60.0
 """Seconds until QEMU must have opened everything and answered; many starting at once on two cores take a while."""
 
+
+HELPER_TIME = 5.0
+"""Seconds after which a helper that doesn't notice that its QEMU is gone is killed."""
 
 RAM_BASE: dict[Arch, int] = {"x86_64": 0, "aarch64": 1 << 30, "riscv64": 1 << 31}
 """Where RAM begins in the guest's physical memory (hw/arm/virt.c, hw/riscv/virt.c in QEMU's source)."""
@@ -79,9 +83,9 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
     for nic in spec.nics:
         for port in nic.ports:
             check_port_free(vm.name, port)
-    process = launch(steps, log=paths.qemu_log)
-    identity = facts.identity_of(process.pid)
-    version = await _greet(vm, paths, incoming, report)
+    launched = launch(steps, log=paths.qemu_log)
+    identity = facts.identity_of(launched.process.pid)
+    version = await _greet(vm, spec, incoming, report, paths)
     if identity is None:
         raise _start_failure(vm, paths, "it ended at once")
     return Run(
@@ -92,6 +96,7 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
         accelerator=accelerator,
         qemu_version=version,
         from_memory=incoming is not None,
+        weaker=launched.weaker,
     )
 
 
@@ -129,13 +134,13 @@ def check_port_free(name: str, port: PortSpec) -> None:
             ) from error
 
 
-async def _greet(vm: Vm, paths: VmPaths, incoming: Incoming | None, report: Report) -> str:
+async def _greet(vm: Vm, spec: VmSpec, incoming: Incoming | None, report: Report, paths: VmPaths) -> str:
     """Wait for QEMU's greeting (the socket was listening before it started), load what comes in, see that it stands."""
     try:
         async with Monitor(connect(paths.socket("control")), timeout=GREETING_TIME) as monitor:
             version = await monitor.execute("query-version")
             if incoming is not None:
-                await _load(monitor, incoming, vm.spec.arch, report)
+                await _load(monitor, incoming, spec, report)
             status = await monitor.execute("query-status")
     except (EngineFailed, OSError) as error:
         raise _start_failure(vm, paths, str(error)) from error
@@ -146,7 +151,7 @@ async def _greet(vm: Vm, paths: VmPaths, incoming: Incoming | None, report: Repo
     return f"{number['major']}.{number['minor']}.{number['micro']}"
 
 
-async def _load(monitor: Monitor, incoming: Incoming, arch: Arch, report: Report) -> None:
+async def _load(monitor: Monitor, incoming: Incoming, spec: VmSpec, report: Report) -> None:
     number = await hand_over(monitor, incoming.stream, "read", name="memory")
     mapped = await asyncio.to_thread(mapped_ram.is_mapped, incoming.stream)
     if mapped and not await jobs.supports_mapped(monitor):
@@ -156,12 +161,29 @@ async def _load(monitor: Monitor, incoming: Incoming, arch: Arch, report: Report
     async with (
         jobs.capabilities(monitor, jobs.WHOLE_MEMORY if mapped else ()),
         jobs.migration_events(monitor) as events,
+        _networks_of_the_past(monitor, spec),
     ):
         await monitor.execute("migrate-incoming", {"uri": f"file:{set_path(number)}"})
         await jobs.until_ended(monitor, events, report=report, step="load the memory")
     await monitor.execute("remove-fd", {"fdset-id": number})
     if incoming.ram is not None:
-        await _check_kept(monitor, incoming.ram, arch)
+        await _check_kept(monitor, incoming.ram, spec.arch)
+
+
+@contextlib.asynccontextmanager
+async def _networks_of_the_past(monitor: Monitor, spec: VmSpec) -> AsyncIterator[None]:
+    """User-mode networks of QEMU's own, with nothing on them, while memory is loaded: when they were what NICs had,
+    their state was saved with it, and QEMU refuses what it has no place for. They cost a millisecond.
+    """
+    names = [f"past-{nic.name}" for nic in spec.nics]
+    # A QEMU that was built without them never had them.
+    with contextlib.suppress(EngineFailed):
+        for name in names:
+            await monitor.execute("netdev_add", {"type": "user", "id": name, "restrict": True})
+    yield
+    with contextlib.suppress(EngineFailed):
+        for name in names:
+            await monitor.execute("netdev_del", {"id": name})
 
 
 async def _check_kept(monitor: Monitor, ram: PrivateRam, arch: Arch) -> None:
@@ -182,11 +204,32 @@ def _start_failure(vm: Vm, paths: VmPaths, otherwise: str) -> EngineFailed:
     return EngineFailed(f"{vm.name}: QEMU ended at its start", said, f"Its command line is in {paths.command_line}.")
 
 
-async def kill_strays(vm: Vm) -> None:
-    """Kill each QEMU of this user that was started for the VM, but isn't recorded, and wait until it is gone."""
+async def kill_strays(services: Services, vm: Vm) -> None:
+    """End each QEMU of this user that was started for the VM, but isn't recorded, and what was started for that one.
+
+    Returns when they are gone, and the ports with them.
+    """
     recorded = vm.run.pid if vm.run is not None and facts.is_alive(vm.run) else None
     for pid in facts.scan_for(vm.uuid, after="-uuid"):
         if pid != recorded:
+            await kill(pid)
+    for link in services.layout.vm(vm.id).run.glob("*.link"):
+        user_network.let_go(link)
+    if recorded is None:
+        await networks_ended(services, vm)
+
+
+async def networks_ended(services: Services, vm: Vm) -> None:
+    """Until the helpers of a QEMU that is gone are gone as well: a moment, in which they still have its ports."""
+    from atoll.host.watch import wait_for_exit
+
+    for network in services.layout.vm(vm.id).run.glob("*.net"):
+        pid = user_network.helper_of(network)
+        if pid is None:
+            continue
+        try:
+            await asyncio.wait_for(wait_for_exit(pid), HELPER_TIME)
+        except TimeoutError:
             await kill(pid)
 
 
