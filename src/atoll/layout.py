@@ -67,8 +67,16 @@ class VmPaths:
         return self.logs / "command.txt"
 
     def socket(self, name: str) -> Path:
-        """A listening socket handed to QEMU: `control`, `observe`, `agent`, `serial`, `vnc`, or a stream port."""
+        """A listening socket handed to QEMU: `control`, `observe`, `agent`, `serial`, or a stream port."""
         return self.run / f"{name}.sock"
+
+    def network_link(self, nic: str) -> Path:
+        """Where the helper of a user-mode network waits for its one connection."""
+        return self.run / f"{nic}.link"
+
+    def network_control(self, nic: str) -> Path:
+        """Where that helper publishes ports."""
+        return self.run / f"{nic}.net"
 
     def lock(self, name: str) -> Path:
         """A lock file for `flock`: an agent exchange or a stream slot."""

@@ -11,7 +11,8 @@ KEPT = ("serial.log", "qemu.log", "events.jsonl", "command.txt")
 
 
 def processes_of(home: Path) -> dict[int, str]:
-    """Processes whose working folder is below the home, or whose argv or environment names it."""
+    """Processes whose working folder is below the home, or whose argv or environment names it: QEMUs, their helpers and
+    tools that a test started."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
@@ -19,9 +20,9 @@ def processes_of(home: Path) -> dict[int, str]:
         with contextlib.suppress(OSError):
             argv = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             where = str((entry / "cwd").readlink())
-            environment = (entry / "environ").read_bytes()
-            ours = f"ATOLL_FOLDER={home}/".encode() in environment
-            if argv and (ours or where.startswith(f"{home}/") or f"{home}/" in argv):
+            # A helper with a root of its own has nothing else that tells.
+            owner = f"ATOLL_FOLDER={home}/".encode() in (entry / "environ").read_bytes()
+            if argv and (where.startswith(f"{home}/") or f"{home}/" in argv or owner):
                 found[int(entry.name)] = argv[:120]
     return found
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from atoll.host import facts
+from atoll.host import facts, user_network
+from atoll.host.sandbox import own_ids
 from atoll.host.sockets import connect
 from atoll.layout import Layout
 from atoll.model.state import Phase
@@ -64,12 +65,16 @@ def _of_files(layout: Layout, vm: Vm) -> list[str]:
 
 async def _of_process(services: Services, vm: Vm) -> list[str]:
     phase = observe.phase_of(services, vm)
-    there = {str(pid) for pid in facts.scan_for(vm.uuid, after="-uuid", also_user=own_user(vm))}
+    there = {
+        str(pid)
+        for pid in facts.scan_for(vm.uuid, after="-uuid", also_user=ids.user if (ids := own_ids(vm.id)) else None)
+    }
     recorded = {str(vm.run.pid)} if vm.run is not None and phase is not Phase.STOPPED else set()
     found = _compared(f"{vm.name}: QEMU", there, recorded)
     if phase in (Phase.RUNNING, Phase.PAUSED) and not found:
         async with Monitor(connect(services.layout.vm(vm.id).socket("control"))) as monitor:
-            return await _of_devices(vm, monitor)
+            found = await _of_devices(vm, monitor)
+        return found + _of_networks(services.layout, vm)
     return found
 
 
@@ -80,8 +85,12 @@ async def _of_devices(vm: Vm, monitor: Monitor) -> list[str]:
         "firmware",
         "variables",
     }
-    found = _compared(f"{vm.name}: plugged disk", disks, {devices.head_node(disk) for disk in vm.spec.disks})
-    rules = await monitor.execute("human-monitor-command", {"command-line": "info usernet"})
-    forwarded = {line.split()[3] for line in rules.splitlines() if "HOST_FORWARD" in line}
-    ports = {str(port.host_port) for nic in vm.spec.nics for port in nic.ports}
-    return found + _compared(f"{vm.name}: forwarded port", forwarded, ports)
+    return _compared(f"{vm.name}: plugged disk", disks, {devices.head_node(disk) for disk in vm.spec.disks})
+
+
+def _of_networks(layout: Layout, vm: Vm) -> list[str]:
+    found = []
+    for nic in vm.spec.nics:
+        there = {str(port) for port in user_network.published(layout.vm(vm.id).network_control(nic.name))}
+        found += _compared(f"{vm.name}: published port", there, {str(port) for port in nic.ports})
+    return found

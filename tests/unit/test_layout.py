@@ -101,11 +101,12 @@ def properties(thing: Layout | VmPaths) -> dict[str, Path]:
 
 def test_each_thing_has_a_path_of_its_own() -> None:
     vms = [LAYOUT.vm("a" * 32), LAYOUT.vm("b" * 32)]
-    sockets = [*MONITORS, *channel_names(), "serial", "vnc"]
+    sockets = [*MONITORS, *channel_names(), "serial"]
     paths = [
         *properties(LAYOUT).values(),
         *(path for vm in vms for path in (vm.home, vm.run, *properties(vm).values())),
         *(vm.socket(name) for vm in vms for name in sockets),
+        *(path for vm in vms for path in (vm.network_link("net0"), vm.network_control("net0"))),
         *(vm.lock(name) for vm in vms for name in sockets),
         *(vm.head(DiskSpec(name=name, size=1, head="ab" * 16)) for vm in vms for name in ("root", "data1")),
         *(LAYOUT.vm_lock(letter * 32) for letter in "ab"),

@@ -118,6 +118,9 @@ def as_text(launch: LaunchPlan) -> str:
     lines += ["", *(f"file {file.name} {file.access} {file.path}" for file in launch.files)]
     lines += [f"listen {listener.name} {listener.path}" for listener in launch.listeners]
     lines += [f"feed {feed.name} {feed.content!r}" for feed in launch.feeds]
+    for network in launch.networks:
+        ways = f"{network.link} {network.control}"
+        lines += [f"network {network.name} {ways} {'restricted ' if network.restrict else ''}{list(network.ports)}"]
     return "\n".join([*lines, f"in {launch.working_folder}", ""])
 
 
@@ -144,7 +147,7 @@ def test_every_descriptor_that_the_argv_names_is_handed_over() -> None:
     for case in CASES.values():
         launch = plan(case)
         named = set(re.findall(r"@fd:([^@]+)@", " ".join(launch.argv)))
-        given = [entry.name for entry in (*launch.files, *launch.listeners, *launch.feeds)]
+        given = [entry.name for entry in (*launch.files, *launch.listeners, *launch.feeds, *launch.networks)]
         assert named == set(given)
         assert len(given) == len(set(given))
 

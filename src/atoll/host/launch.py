@@ -3,13 +3,15 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from atoll.errors import StorageFailed, from_os_error
+from atoll.errors import StorageFailed, Unsupported, from_os_error
+from atoll.host import user_network
 from atoll.host.jail import Jail
 from atoll.host.sockets import listen
 from atoll.host.spawn import Program, spawn
-from atoll.model.launch import LaunchPlan
+from atoll.model.launch import LaunchPlan, Network, UserNetwork
 
 _FLAGS = {
     "read": os.O_RDONLY,
@@ -19,13 +21,25 @@ _FLAGS = {
 }
 
 
-def launch(plan: LaunchPlan, *, log: Path, jail: Jail | None) -> int:
-    """Start QEMU in a session of its own, with its output in `log`; returns its pid. It outlives us.
+@dataclass(frozen=True)
+class Launched:
+    pid: int
+    weaker: tuple[str, ...]
+    """A sentence about each helper that is confined less than it should be."""
 
-    Raises `StorageFailed` when a file can't be opened, `EngineFailed` when the binary can't be started.
+
+def launch(plan: LaunchPlan, *, log: Path, jail: Jail | None, strict: bool) -> Launched:
+    """Start QEMU in a session of its own, with its output in `log`. It outlives us.
+
+
+    Raises `StorageFailed` when a file can't be opened, `EngineFailed` when a program can't be started, `AlreadyExists`
+    when a port is taken.
     """
+    weaker: list[str] = []
     with contextlib.ExitStack() as stack:
-        descriptors = dict(_open_all(plan, stack))
+        descriptors = dict(_open_all(plan, stack, weaker))
+        if strict and weaker:
+            raise Unsupported("the isolation 'strict' isn't possible here", "; ".join(weaker), "See `atoll doctor`.")
         output = stack.enter_context(log.open("ab"))
         program = Program(
             argv=(plan.binary, *(_fill(word, descriptors) for word in plan.argv)),
@@ -34,10 +48,10 @@ def launch(plan: LaunchPlan, *, log: Path, jail: Jail | None) -> int:
             output=output.fileno(),
             folder=plan.working_folder,
         )
-        return spawn(program, jail)
+        return Launched(pid=spawn(program, jail), weaker=tuple(weaker))
 
 
-def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack) -> Iterator[tuple[str, int]]:
+def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack, weaker: list[str]) -> Iterator[tuple[str, int]]:
     for file in plan.files:
         try:
             descriptor = os.open(file.path, _FLAGS[file.access] | os.O_CLOEXEC, 0o600)
@@ -60,6 +74,19 @@ def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack) -> Iterator[tuple[s
         os.write(writing, feed.content)
         os.close(writing)
         yield feed.name, reading
+    for network in plan.networks:
+        yield from _open_network(network, stack, weaker)
+
+
+def _open_network(network: Network, stack: contextlib.ExitStack, weaker: list[str]) -> Iterator[tuple[str, int]]:
+    """What a NIC's frames go through, under the network's name, and what else QEMU has to hold for it."""
+    match network:
+        case UserNetwork():
+            link = user_network.open_link(network)
+            stack.callback(link.close)
+            weaker += [link.weaker] if link.weaker else []
+            yield network.name, link.frames.fileno()
+            yield network.lifeline, link.lifeline
 
 
 def _fill(word: str, descriptors: dict[str, int]) -> str:

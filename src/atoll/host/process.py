@@ -36,6 +36,8 @@ PACKAGES = {
     "dpkg-deb": "dpkg",
     "zstd": "zstd",
     "newuidmap": "uidmap",
+    "slirp4netns": "slirp4netns",
+    "unshare": "util-linux",
 }
 
 

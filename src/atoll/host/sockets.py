@@ -14,7 +14,8 @@ from atoll.errors import from_os_error
 
 
 @contextlib.contextmanager
-def _address(path: Path) -> Iterator[str]:
+def address_of(path: Path) -> Iterator[str]:
+    """What to bind or connect to for the socket at `path`, however long that is."""
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{folder}/{path.name}"
@@ -31,7 +32,7 @@ def listen(path: Path, *, backlog: int = 64) -> socket.socket:
     path.unlink(missing_ok=True)
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        with _address(path) as address:
+        with address_of(path) as address:
             server.bind(address)
         server.listen(backlog)
     except OSError as error:
@@ -40,12 +41,12 @@ def listen(path: Path, *, backlog: int = 64) -> socket.socket:
     return server
 
 
-def connect(path: Path) -> socket.socket:
+def connect(path: Path, *, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     """A non-blocking connection. Raises `FileNotFoundError` or `ConnectionRefusedError` when nobody listens."""
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    client = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
         client.setblocking(False)
-        with _address(path) as address:
+        with address_of(path) as address:
             # A Unix socket connects at once or fails: with EAGAIN when the backlog is full.
             client.connect(address)
     except BaseException:

@@ -9,6 +9,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from atoll.model.spec import PortSpec
+
 Access = Literal["read", "read-write", "append"]
 
 
@@ -36,12 +38,37 @@ class Feed(Struct, frozen=True, kw_only=True):
     content: bytes
 
 
+class UserNetwork(Struct, frozen=True, kw_only=True):
+    """A user-mode network for one NIC: a helper process, and a link to it that carries a frame in each message.
+
+    QEMU gets the link's end as the descriptor called `name`, and what keeps the helper alive as `lifeline`, which is in
+    no argv.
+    """
+
+    name: str
+    link: str
+    """The path at which the helper waits for us; gone once the link stands."""
+    control: str
+    """The path of the socket at which ports are published and taken back."""
+    ports: tuple[PortSpec, ...] = ()
+    restrict: bool = False
+
+    @property
+    def lifeline(self) -> str:
+        return f"{self.name}-lifeline"
+
+
+Network = UserNetwork
+"""Where the descriptor of a NIC comes from: one type for each kind of network."""
+
+
 class LaunchPlan(Struct, frozen=True, kw_only=True):
     binary: str
     argv: tuple[str, ...]
     files: tuple[OpenFile, ...] = ()
     listeners: tuple[Listener, ...] = ()
     feeds: tuple[Feed, ...] = ()
+    networks: tuple[Network, ...] = ()
     working_folder: str = "/"
     memory: int = 0
     """Bytes that it may take, guest and all."""

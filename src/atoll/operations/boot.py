@@ -6,16 +6,20 @@ import os
 import shlex
 import signal
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from atoll.errors import AlreadyExists, EngineFailed, InvalidInput
-from atoll.host import cgroups, facts, files
+from atoll.host import cgroups, facts, files, user_network
 from atoll.host.launch import launch
 from atoll.host.sandbox import Wanted, own_ids, prepare
 from atoll.host.sockets import connect
 from atoll.layout import VmPaths
-from atoll.model.launch import LaunchPlan
+from atoll.model.isolation import Barrier
+from atoll.model.launch import LaunchPlan, UserNetwork
 from atoll.model.spec import Arch, PortSpec, VmSpec
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Run, Vm
@@ -31,6 +35,9 @@ from atoll.qemu.plan import PlanInputs, PrivateRam, plan
 GREETING_TIME = 60.0
 """Seconds until QEMU must have opened everything and answered; many starting at once on two cores take a while."""
 
+
+HELPER_TIME = 5.0
+"""Seconds after which a helper that doesn't notice that its QEMU is gone is killed."""
 
 RAM_BASE: dict[Arch, int] = {"x86_64": 0, "aarch64": 1 << 30, "riscv64": 1 << 31}
 """Where RAM begins in the guest's physical memory (hw/arm/virt.c, hw/riscv/virt.c in QEMU's source)."""
@@ -81,8 +88,9 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
         for port in nic.ports:
             check_port_free(vm.name, port)
     jail, isolation = prepare(steps.binary, _wanted(vm, spec, steps))
-    identity = facts.identity_of(launch(steps, log=paths.qemu_log, jail=jail))
-    version = await _greet(vm, paths, incoming, report)
+    launched = launch(steps, log=paths.qemu_log, jail=jail, strict=spec.isolation == "strict")
+    identity = facts.identity_of(launched.pid)
+    version = await _greet(vm, spec, incoming, report, paths)
     if identity is None:
         raise _start_failure(vm, paths, "it ended at once")
     return Run(
@@ -92,9 +100,17 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
         started_at=time.time(),
         accelerator=accelerator,
         qemu_version=version,
-        isolation=isolation,
+        isolation=replace(isolation, barriers=(*isolation.barriers, *_helpers(steps, launched.weaker))),
         from_memory=incoming is not None,
     )
+
+
+def _helpers(steps: LaunchPlan, weaker: tuple[str, ...]) -> tuple[Barrier, ...]:
+    """What keeps in the programs that serve its network cards."""
+    if not any(isinstance(network, UserNetwork) for network in steps.networks):
+        return ()
+    why = "; ".join(weaker) or "slirp4netns: its own root, filters of system calls and of frames"
+    return (Barrier(name="network helper", holds=not weaker, why=why),)
 
 
 def _wanted(vm: Vm, spec: VmSpec, steps: LaunchPlan) -> Wanted:
@@ -144,13 +160,13 @@ def check_port_free(name: str, port: PortSpec) -> None:
             ) from error
 
 
-async def _greet(vm: Vm, paths: VmPaths, incoming: Incoming | None, report: Report) -> str:
+async def _greet(vm: Vm, spec: VmSpec, incoming: Incoming | None, report: Report, paths: VmPaths) -> str:
     """Wait for QEMU's greeting (the socket was listening before it started), load what comes in, see that it stands."""
     try:
         async with Monitor(connect(paths.socket("control")), timeout=GREETING_TIME) as monitor:
             version = await monitor.execute("query-version")
             if incoming is not None:
-                await _load(monitor, incoming, vm.spec.arch, report)
+                await _load(monitor, incoming, spec, report)
             status = await monitor.execute("query-status")
     except (EngineFailed, OSError) as error:
         raise _start_failure(vm, paths, str(error)) from error
@@ -161,7 +177,7 @@ async def _greet(vm: Vm, paths: VmPaths, incoming: Incoming | None, report: Repo
     return f"{number['major']}.{number['minor']}.{number['micro']}"
 
 
-async def _load(monitor: Monitor, incoming: Incoming, arch: Arch, report: Report) -> None:
+async def _load(monitor: Monitor, incoming: Incoming, spec: VmSpec, report: Report) -> None:
     number = await hand_over(monitor, incoming.stream, "read", name="memory")
     mapped = await asyncio.to_thread(mapped_ram.is_mapped, incoming.stream)
     if mapped and not await jobs.supports_mapped(monitor):
@@ -171,12 +187,29 @@ async def _load(monitor: Monitor, incoming: Incoming, arch: Arch, report: Report
     async with (
         jobs.capabilities(monitor, jobs.WHOLE_MEMORY if mapped else ()),
         jobs.migration_events(monitor) as events,
+        _networks_of_the_past(monitor, spec),
     ):
         await monitor.execute("migrate-incoming", {"uri": f"file:{set_path(number)}"})
         await jobs.until_ended(monitor, events, report=report, step="load the memory")
     await monitor.execute("remove-fd", {"fdset-id": number})
     if incoming.ram is not None:
-        await _check_kept(monitor, incoming.ram, arch)
+        await _check_kept(monitor, incoming.ram, spec.arch)
+
+
+@contextlib.asynccontextmanager
+async def _networks_of_the_past(monitor: Monitor, spec: VmSpec) -> AsyncIterator[None]:
+    """User-mode networks of QEMU's own, with nothing on them, while memory is loaded: when they were what NICs had,
+    their state was saved with it, and QEMU refuses what it has no place for. They cost a millisecond.
+    """
+    names = [f"past-{nic.name}" for nic in spec.nics]
+    # A QEMU that was built without them never had them.
+    with contextlib.suppress(EngineFailed):
+        for name in names:
+            await monitor.execute("netdev_add", {"type": "user", "id": name, "restrict": True})
+    yield
+    with contextlib.suppress(EngineFailed):
+        for name in names:
+            await monitor.execute("netdev_del", {"id": name})
 
 
 async def _check_kept(monitor: Monitor, ram: PrivateRam, arch: Arch) -> None:
@@ -197,14 +230,35 @@ def _start_failure(vm: Vm, paths: VmPaths, otherwise: str) -> EngineFailed:
     return EngineFailed(f"{vm.name}: QEMU ended at its start", said, f"Its command line is in {paths.command_line}.")
 
 
-async def kill_strays(vm: Vm) -> None:
-    """Kill each QEMU that was started for the VM, but isn't recorded, and wait until it is gone."""
+async def kill_strays(services: Services, vm: Vm) -> None:
+    """End each QEMU that was started for the VM, but isn't recorded, and what was started for that one.
+
+    Returns when they are gone, and the ports with them.
+    """
     recorded = vm.run.pid if vm.run is not None and facts.is_alive(vm.run) else None
     ids = own_ids(vm.id)
     for pid in facts.scan_for(vm.uuid, after="-uuid", also_user=ids.user if ids else None):
         if pid != recorded:
             await kill(pid)
+    for link in services.layout.vm(vm.id).run.glob("*.link"):
+        user_network.let_go(link)
+    if recorded is None:
+        await networks_ended(services, vm)
     cgroups.remove(vm.id)
+
+
+async def networks_ended(services: Services, vm: Vm) -> None:
+    """Until the helpers of a QEMU that is gone are gone as well: a moment, in which they still have its ports."""
+    from atoll.host.watch import wait_for_exit
+
+    for network in services.layout.vm(vm.id).run.glob("*.net"):
+        pid = user_network.helper_of(network)
+        if pid is None:
+            continue
+        try:
+            await asyncio.wait_for(wait_for_exit(pid), HELPER_TIME)
+        except TimeoutError:
+            await kill(pid)
 
 
 async def kill(pid: int) -> None:

@@ -134,6 +134,7 @@ def _tool(program: str, purpose: str, *, vital: bool = False) -> Check:
 def _tools() -> list[Check]:
     return [
         _tool("qemu-img", "no disk can be made or converted", vital=True),
+        _tool("slirp4netns", "VMs have no network: they need --network none", vital=True),
         _tool("mmdebstrap", "`atoll image build debian:*` doesn't work"),
         _tool("newuidmap", "an ordinary user can't build Debian images"),
         _tool("sfdisk", "UEFI disks can't be built"),

@@ -5,22 +5,21 @@ unpublish   no forward (undo: forward) ─ record             (point of no retur
 """
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.errors import AlreadyExists, AtollError, NotFound, Unsupported
+from atoll.host import user_network
 from atoll.model.spec import PortSpec, Protocol, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
 from atoll.operations import observe, resolve
 from atoll.operations.boot import check_port_free
 from atoll.operations.engine import Context, Step, Verb, perform
-from atoll.operations.power import control
 from atoll.operations.services import Services
-from atoll.qemu.devices import port_forward
-from atoll.qemu.monitor import Monitor
 
 
 class PortRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,29 +86,22 @@ async def _unrecord(context: Context[PortRequest]) -> None:
     _put(context, without_port)
 
 
-async def forward(monitor: Monitor, nic: str, port: PortSpec, *, add: bool) -> str:
-    """Publish a port, or take it back; returns what QEMU said against it. There is no QMP command for it."""
-    rule = port_forward(port) if add else f"{port.protocol}:{port.host_address}:{port.host_port}"
-    line = f"hostfwd_{'add' if add else 'remove'} net-{nic} {rule}"
-    said = str(await monitor.execute("human-monitor-command", {"command-line": line})).strip()
-    return "" if said.startswith("host forwarding rule for") else said
+def _control(context: Context[PortRequest]) -> Path | None:
+    """Where ports are published for its NIC; None while it doesn't run."""
+    if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
+        return None
+    return context.services.layout.vm(context.vm.id).network_control(context.request.nic)
 
 
 async def _forward(context: Context[PortRequest]) -> None:
-    if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
-        return
-    check_port_free(context.vm.name, context.request.port)
-    async with control(context.services, context.vm) as monitor:
-        said = await forward(monitor, context.request.nic, context.request.port, add=True)
-    if said:
-        raise AlreadyExists(f"{context.vm.name}: port {context.request.port.host_port} can't be published", said)
+    if (network := _control(context)) is not None:
+        check_port_free(context.vm.name, context.request.port)
+        user_network.publish(network, context.request.port)
 
 
 async def _unforward(context: Context[PortRequest]) -> None:
-    if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
-        return
-    async with control(context.services, context.vm) as monitor:
-        await forward(monitor, context.request.nic, context.request.port, add=False)
+    if (network := _control(context)) is not None:
+        user_network.unpublish(network, context.request.port)
 
 
 async def _forward_again(context: Context[PortRequest]) -> None:

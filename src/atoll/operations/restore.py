@@ -14,6 +14,7 @@ Until the new machine stands, the present one is only halted: nothing of it is l
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,20 +22,19 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.errors import AtollError, NotFound, Unsupported
-from atoll.host import facts, files
+from atoll.host import facts, files, user_network
 from atoll.model.names import find, new_id
 from atoll.model.snapshot import Snapshot
-from atoll.model.spec import VmSpec
+from atoll.model.spec import PortSpec, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Run, Vm
-from atoll.operations import guest_setup, heads, observe, ports
+from atoll.operations import guest_setup, heads, observe
 from atoll.operations.boot import Incoming, boot, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control, go_on
 from atoll.operations.services import Report, Services
 from atoll.operations.start import drop_removed_disks
 from atoll.operations.template import memory_path
-from atoll.qemu.monitor import Monitor
 
 
 class RestoreRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -131,7 +131,8 @@ async def _set_aside(context: Context[RestoreRequest]) -> None:
         async with control(services, vm) as monitor:
             if context.notes["phase"] == Phase.RUNNING:
                 await monitor.execute("stop")
-            await _forward(monitor, vm, add=False)
+        for network, port in _published(services, vm):
+            user_network.unpublish(network, port)
         paths.run.rename(_aside(paths.run))
     if paths.nvram.exists() and not _aside(paths.nvram).exists():
         paths.nvram.rename(_aside(paths.nvram))
@@ -139,10 +140,11 @@ async def _set_aside(context: Context[RestoreRequest]) -> None:
         files.write_atomically(paths.nvram, services.layout.blob(node.nvram).read_bytes())
 
 
-async def _forward(monitor: Monitor, vm: Vm, *, add: bool) -> None:
+def _published(services: Services, vm: Vm) -> Iterator[tuple[Path, PortSpec]]:
+    paths = services.layout.vm(vm.id)
     for nic in vm.spec.nics:
         for port in nic.ports:
-            await ports.forward(monitor, nic.name, port, add=add)
+            yield paths.network_control(nic.name), port
 
 
 async def _take_back(context: Context[RestoreRequest]) -> None:
@@ -158,9 +160,9 @@ async def _take_back(context: Context[RestoreRequest]) -> None:
         _aside(paths.run).rename(paths.run)
     if vm.run is None or not facts.is_alive(vm.run):
         return
-    with contextlib.suppress(AtollError):
-        async with control(services, vm) as monitor:
-            await _forward(monitor, vm, add=True)
+    for network, port in _published(services, vm):
+        with contextlib.suppress(AtollError):
+            user_network.publish(network, port)
     if context.notes.get("phase") == Phase.RUNNING:
         await go_on(services, vm)
 
@@ -169,7 +171,7 @@ async def _launch(context: Context[RestoreRequest]) -> None:
     services, vm, node = context.services, context.vm, _node(context)
     if node.memory is None and context.notes["phase"] in (Phase.STOPPED, Phase.SUSPENDED):
         return
-    await kill_strays(vm)
+    await kill_strays(services, vm)
     incoming = Incoming(memory_path(services.layout, node.memory)) if node.memory is not None else None
     spec = restored_spec(vm, node, context.request.heads)
     # A seed that was attached at that instant is there again: the machine has to be the same.
@@ -180,7 +182,7 @@ async def _launch(context: Context[RestoreRequest]) -> None:
 async def _kill(context: Context[RestoreRequest]) -> None:
     vm = context.services.records.vm(context.subject)
     if vm is not None:
-        await kill_strays(vm)
+        await kill_strays(context.services, vm)
 
 
 async def _record(context: Context[RestoreRequest]) -> None:
@@ -204,7 +206,7 @@ async def _go_on(context: Context[RestoreRequest]) -> None:
         await go_on(services, vm)
         services.later(guest_setup.settled(services, vm))
     # The old QEMU is one that isn't recorded any more.
-    await kill_strays(vm)
+    await kill_strays(services, vm)
     paths = services.layout.vm(vm.id)
     drop_removed_disks(paths, vm.spec)
     shutil.rmtree(_aside(paths.run), ignore_errors=True)

@@ -50,7 +50,7 @@ async def _check_stopped(context: Context[StartRequest]) -> None:
 async def _launch(context: Context[StartRequest]) -> None:
     services, vm = context.services, context.vm
     # A start that was killed before it was recorded may have left one.
-    await kill_strays(vm)
+    await kill_strays(services, vm)
     drop_under_pressure(services)
     incoming = None
     if vm.suspended is not None:
@@ -74,7 +74,7 @@ def _wanted(vm: Vm) -> VmSpec:
 
 async def _kill(context: Context[StartRequest]) -> None:
     with contextlib.suppress(AtollError):
-        await kill_strays(context.vm)
+        await kill_strays(context.services, context.vm)
 
 
 async def _record(context: Context[StartRequest]) -> None:

@@ -21,7 +21,7 @@ from atoll.model.operation import Progress
 from atoll.model.state import Phase
 from atoll.model.vm import Exit, Vm
 from atoll.operations import guest_setup, observe, power
-from atoll.operations.boot import kill, kill_strays
+from atoll.operations.boot import kill, kill_strays, networks_ended
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Report, Services
 from atoll.qemu.monitor import Monitor
@@ -54,7 +54,7 @@ async def stop(
 async def _shut_down(context: Context[StopRequest]) -> None:
     services, vm, request = context.services, context.vm, context.request
     if vm.run is None or not facts.is_alive(vm.run):
-        await kill_strays(vm)
+        await kill_strays(services, vm)
         return
     gone = asyncio.ensure_future(wait_for_exit(vm.run.pid))
     try:
@@ -64,6 +64,7 @@ async def _shut_down(context: Context[StopRequest]) -> None:
             context.notes["how"] = await _ask(context, vm, gone)
         if not gone.done():
             await end(services, vm, gone)
+        await networks_ended(services, vm)
     finally:
         gone.cancel()
 

@@ -106,7 +106,7 @@ async def _record(context: Context[SuspendRequest]) -> None:
 
 async def _end(context: Context[SuspendRequest]) -> None:
     # Its process isn't recorded any more. It may be killed: it gave up its disks when the memory was complete.
-    await kill_strays(context.vm)
+    await kill_strays(context.services, context.vm)
 
 
 SUSPEND = Verb(

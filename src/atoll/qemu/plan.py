@@ -13,8 +13,18 @@ from msgspec import Struct
 from atoll.errors import InvalidInput, Unsupported
 from atoll.layout import Layout, VmPaths
 from atoll.model.image import Layer
-from atoll.model.launch import Access, Capabilities, Feed, Firmware, LaunchPlan, Listener, OpenFile
-from atoll.model.spec import DiskSpec, VmSpec
+from atoll.model.launch import (
+    Access,
+    Capabilities,
+    Feed,
+    Firmware,
+    LaunchPlan,
+    Listener,
+    Network,
+    OpenFile,
+    UserNetwork,
+)
+from atoll.model.spec import DiskSpec, NicSpec, VmSpec
 from atoll.model.units import MIB
 from atoll.model.vm import Vm
 from atoll.qemu import devices
@@ -99,11 +109,10 @@ class _Builder:
         self._network()
         if self.inputs.caps.has(type="vmgenid") and self.spec.machine == "q35":
             self._json("-device", {"driver": "vmgenid", "id": "generation", "guid": "auto"})
-        if self.spec.display == "none":
-            self._add("-display", "none")
-        else:
-            # Relative to the working folder: a long path doesn't fit into a socket's address.
-            self._add("-vnc", "unix:vnc.sock")
+        self._add("-display", "none")
+        if self.spec.display != "none":
+            # It listens nowhere: connections are handed over by QMP.
+            self._add("-vnc", "none")
         if self.inputs.incoming:
             self._add("-incoming", "defer", "-S")
         return LaunchPlan(
@@ -112,6 +121,7 @@ class _Builder:
             files=tuple(self.files),
             listeners=tuple(self.listeners),
             feeds=(Feed(name="hello", content=b'{"execute":"qmp_capabilities"}\n'),),
+            networks=tuple(self._network_of(nic) for nic in self.spec.nics),
             working_folder=str(self.paths.run),
             memory=self.spec.memory + OWN_MEMORY + len(self.spec.disks) * MEMORY_OF_A_DISK,
         )
@@ -251,6 +261,15 @@ class _Builder:
         for nic in self.spec.nics:
             self._json("-netdev", devices.network_backend(nic))
             self._json("-device", devices.network_device(self.spec, nic))
+
+    def _network_of(self, nic: NicSpec) -> Network:
+        return UserNetwork(
+            name=devices.network_descriptor(nic),
+            link=str(self.paths.network_link(nic.name)),
+            control=str(self.paths.network_control(nic.name)),
+            ports=nic.ports,
+            restrict=nic.restrict,
+        )
 
 
 def layer_chain(layer_id: str | None, layers: dict[str, Layer]) -> list[str]:

@@ -1,0 +1,260 @@
+"""User-mode networks: beside each QEMU a helper process (slirp4netns) that speaks for the guest by sockets of the host.
+
+QEMU itself may then be without a network and without the right to make sockets. The link between the two carries a
+frame in each message. The helper sees what `frame_filter` lets through, has a root of its own with /etc and /run in it
+and a filter of system calls, and ends as soon as nobody holds its lifeline: QEMU has it, so that they end together.
+
+Ports are published, and taken back, by one question and one answer at the helper's control socket (slirp4netns(1)).
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atoll.errors import AlreadyExists, EngineFailed, Unsupported
+from atoll.host import frame_filter, process
+from atoll.host.sockets import address_of, connect
+from atoll.model.launch import UserNetwork
+from atoll.model.spec import PortSpec
+
+PROGRAM = "slirp4netns"
+GUEST = "10.0.2.15"
+"""The address that the helper's DHCP gives first."""
+NOWHERE = "240.0.0.1"
+"""No host's address (RFC 1112, section 4): who must use it as its own gets no connection out."""
+START_TIME = 20.0
+"""Seconds until a helper must be ready; it takes 5 ms on an idle computer."""
+ANSWER_TIME = 5.0
+_PAUSE = 0.0005
+
+
+class _Refused(Exception):
+    """The helper ended before it was ready."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One NIC's network, ready for a QEMU."""
+
+    frames: socket.socket
+    lifeline: int
+    """The writing end of a pipe: when the last copy of it closes, the helper ends."""
+    weaker: str
+    """What the helper isn't confined by and why; empty when all is as it should be."""
+
+    def close(self) -> None:
+        """Drop our copies; unless a QEMU has others, the helper ends."""
+        self.frames.close()
+        os.close(self.lifeline)
+
+
+def command(network: UserNetwork, *, lifeline: int, ready: int, sandbox: bool, root: bool) -> list[str]:
+    """The helper's command line, to be run in the folder of its sockets: long paths don't fit into their addresses.
+
+    An ordinary user's helper gets a user namespace that we make: its own would be closed to us, and so would be the end
+    of the link that the filter has to be put on.
+    """
+    words = [] if root or not sandbox else ["unshare", "--user", "--map-root-user", "--"]
+    words += [PROGRAM, "--target-type=bess", f"--exit-fd={lifeline}", f"--ready-fd={ready}"]
+    words += [f"--api-socket={Path(network.control).name}", "--enable-seccomp", "--disable-host-loopback"]
+    words += ["--enable-sandbox"] if sandbox else []
+    words += [f"--outbound-addr={NOWHERE}", "--disable-dns"] if network.restrict else ["--enable-ipv6"]
+    return [*words, Path(network.link).name]
+
+
+def open_link(network: UserNetwork) -> Link:
+    """Start the helper of a network, guarded and with its ports published.
+
+    Raises `MissingTool`, `EngineFailed`, `AlreadyExists` for a port that is taken; then no helper is left.
+    """
+    process.find(PROGRAM)
+    if network.restrict:
+        _check_nowhere()
+    let_go(Path(network.link))
+    try:
+        return _start(network, sandbox=True, weaker="")
+    except _Refused as error:
+        reason = str(error)
+    weaker = f"the network of {network.name.removeprefix('nic-')} has no file system of its own: {reason}"
+    try:
+        return _start(network, sandbox=False, weaker=weaker)
+    except _Refused as error:
+        raise EngineFailed("the network's helper ended at its start", str(error), "Run `atoll doctor`.") from error
+
+
+def _check_nowhere() -> None:
+    """That this host really has no such address, nor lets programs use what isn't its own (`ip_nonlocal_bind`)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((NOWHERE, 0))
+        except OSError:
+            return
+    raise Unsupported(
+        "a network without a way out can't be made",
+        f"this computer lets programs send as {NOWHERE}",
+        "Set net.ipv4.ip_nonlocal_bind to 0, or use `--network none`.",
+    )
+
+
+def _start(network: UserNetwork, *, sandbox: bool, weaker: str) -> Link:
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as on_failure:
+        hanging_up, lifeline = os.pipe()
+        on_failure.callback(os.close, lifeline)
+        ready, telling = os.pipe()
+        stack.callback(os.close, ready)
+        try:
+            helper = _spawn(network, hanging_up, telling, sandbox=sandbox)
+        finally:
+            os.close(hanging_up)
+            os.close(telling)
+        on_failure.callback(_end, helper)
+        assert helper.stderr is not None
+        # Later on nobody reads what it says: a guest could fill a log with it.
+        stack.enter_context(helper.stderr)
+        frames = on_failure.enter_context(_connected(helper, Path(network.link)))
+        if not select.select([ready], [], [], START_TIME)[0] or not os.read(ready, 1):
+            raise _Refused(_last_words(helper))
+        Path(network.link).unlink(missing_ok=True)
+        frame_filter.guard(helper.pid)
+        for port in network.ports:
+            publish(Path(network.control), port)
+        on_failure.pop_all()
+        return Link(frames=frames, lifeline=lifeline, weaker=weaker)
+
+
+def _spawn(network: UserNetwork, hanging_up: int, telling: int, *, sandbox: bool) -> "subprocess.Popen[bytes]":
+    folder = Path(network.link).parent
+    words = command(network, lifeline=hanging_up, ready=telling, sandbox=sandbox, root=os.geteuid() == 0)
+    words = [process.find(word) if word in (PROGRAM, "unshare") else word for word in words]
+    try:
+        return subprocess.Popen(
+            words,
+            pass_fds=(hanging_up, telling),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            # None of ours; this one is for people who ask whose it is.
+            env={"ATOLL_FOLDER": str(folder)},
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise EngineFailed(f"{words[0]} can't be started", str(error), "Run `atoll doctor`.") from error
+
+
+def _connected(helper: "subprocess.Popen[bytes]", path: Path) -> socket.socket:
+    """A connection, as soon as the helper listens: it tells nobody when that is. Raises `_Refused`."""
+    deadline = time.monotonic() + START_TIME
+    while True:
+        try:
+            return connect(path, kind=socket.SOCK_SEQPACKET)
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+            if helper.poll() is not None or time.monotonic() > deadline:
+                raise _Refused(_last_words(helper)) from None
+        time.sleep(_PAUSE)
+
+
+def _end(helper: "subprocess.Popen[bytes]") -> None:
+    """Kill it, and the child of its own that it has while it waits for us."""
+    if helper.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(helper.pid, signal.SIGKILL)
+        helper.wait()
+
+
+def _last_words(helper: "subprocess.Popen[bytes]") -> str:
+    """What it said last; it is ended for that."""
+    _end(helper)
+    assert helper.stderr is not None
+    lines = [line.strip() for line in helper.stderr.read(1 << 16).decode(errors="replace").splitlines()]
+    # Its own functions add that they failed, after the cause.
+    told = [line for line in lines if line and not line.endswith(" failed") and not line.startswith("do_slirp")]
+    return told[-1] if told else "it said nothing"
+
+
+def let_go(link: Path) -> None:
+    """End a helper that still waits for its connection, because who started it was killed just then.
+
+    The connection is what it waits for; after that it finds its lifeline cut.
+    """
+    with contextlib.suppress(OSError):
+        connect(link, kind=socket.SOCK_SEQPACKET).close()
+    link.unlink(missing_ok=True)
+
+
+def helper_of(control: Path) -> int | None:
+    """The process that listens there; None when it has ended."""
+    try:
+        with connect(control) as client:
+            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except OSError:
+        return None
+    return int(struct.unpack("3i", credentials)[0])
+
+
+def publish(control: Path, port: PortSpec) -> None:
+    """Publish a port now. Raises `AlreadyExists` when the helper can't have it, `EngineFailed`."""
+    rule = {"host_addr": port.host_address, "host_port": port.host_port}
+    said = _ask(
+        control, "add_hostfwd", {"proto": port.protocol} | rule | {"guest_addr": GUEST, "guest_port": port.guest_port}
+    )
+    if "error" in said:
+        raise AlreadyExists(
+            f"port {port.host_port} on {port.host_address} can't be published",
+            "another program has it, or this user may not have it",
+            "Choose another with -p.",
+        )
+
+
+def unpublish(control: Path, port: PortSpec) -> None:
+    """Take a port back, if it is published. Connections that stand go on. Raises `EngineFailed`."""
+    for number, there in _rules(control):
+        if (there.protocol, there.host_address, there.host_port) == (port.protocol, port.host_address, port.host_port):
+            _ask(control, "remove_hostfwd", {"id": number})
+
+
+def published(control: Path) -> list[PortSpec]:
+    """The ports that are published. Raises `EngineFailed`."""
+    return [port for _, port in _rules(control)]
+
+
+def _rules(control: Path) -> Iterator[tuple[int, PortSpec]]:
+    for entry in _ask(control, "list_hostfwd", {}).get("entries", []):
+        yield (
+            entry["id"],
+            PortSpec(
+                protocol=entry["proto"],
+                host_address=entry["host_addr"],
+                host_port=entry["host_port"],
+                guest_port=entry["guest_port"],
+            ),
+        )
+
+
+def _ask(control: Path, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """One question: the helper hangs up after its answer, which comes within a millisecond."""
+    question = {"execute": verb} | ({"arguments": arguments} if arguments else {})
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:
+            client.settimeout(ANSWER_TIME)
+            with address_of(control) as address:
+                client.connect(address)
+            client.sendall(json.dumps(question).encode())
+            client.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        found: dict[str, Any] = json.loads(answer)
+    except (OSError, ValueError) as error:
+        raise EngineFailed(
+            "the network's helper doesn't answer", str(error) or "it said nothing", "Restart the VM: `atoll restart`."
+        ) from error
+    return found
