@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from atoll.host import facts, user_network
-from atoll.host.sandbox import own_ids
+from atoll.host import user_network
 from atoll.host.sockets import connect
 from atoll.layout import Layout
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
 from atoll.operations import observe
+from atoll.operations.boot import engines_of
 from atoll.operations.collect import needed
 from atoll.operations.services import Services
 from atoll.qemu import devices
@@ -65,10 +65,7 @@ def _of_files(layout: Layout, vm: Vm) -> list[str]:
 
 async def _of_process(services: Services, vm: Vm) -> list[str]:
     phase = observe.phase_of(services, vm)
-    there = {
-        str(pid)
-        for pid in facts.scan_for(vm.uuid, after="-uuid", also_user=ids.user if (ids := own_ids(vm.id)) else None)
-    }
+    there = {str(pid) for pid in engines_of(vm)}
     recorded = {str(vm.run.pid)} if vm.run is not None and phase is not Phase.STOPPED else set()
     found = _compared(f"{vm.name}: QEMU", there, recorded)
     if phase in (Phase.RUNNING, Phase.PAUSED) and not found:

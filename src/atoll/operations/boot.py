@@ -230,14 +230,19 @@ def _start_failure(vm: Vm, paths: VmPaths, otherwise: str) -> EngineFailed:
     return EngineFailed(f"{vm.name}: QEMU ended at its start", said, f"Its command line is in {paths.command_line}.")
 
 
+def engines_of(vm: Vm) -> list[int]:
+    """The pids of the QEMUs that were started for the VM, recorded or not."""
+    ids = own_ids(vm.id)
+    return facts.scan_for(vm.uuid, after="-uuid", also_user=ids.user if ids else None)
+
+
 async def kill_strays(services: Services, vm: Vm) -> None:
     """End each QEMU that was started for the VM, but isn't recorded, and what was started for that one.
 
     Returns when they are gone, and the ports with them.
     """
     recorded = vm.run.pid if vm.run is not None and facts.is_alive(vm.run) else None
-    ids = own_ids(vm.id)
-    for pid in facts.scan_for(vm.uuid, after="-uuid", also_user=ids.user if ids else None):
+    for pid in engines_of(vm):
         if pid != recorded:
             await kill(pid)
     for link in services.layout.vm(vm.id).run.glob("*.link"):
