@@ -8,7 +8,6 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from atoll.model.image import Image
 from atoll.model.names import SHORT_ID
 from atoll.model.spec import VmSpec
 from atoll.operations.services import Services
@@ -25,12 +24,6 @@ class Needed(Struct):
     memory: set[str]
     chains_known: bool = True
     """Whether each layer has a record: without it nobody knows which ones are below it."""
-
-
-def needs(spec: VmSpec, image: Image) -> bool:
-    """Whether a VM has something of the image's."""
-    needed = needed_by([spec])
-    return bool(needed.layers & set(image.layer_ids) or needed.blobs & set(image.blob_ids))
 
 
 def needed_by(specs: Iterable[VmSpec]) -> Needed:
