@@ -46,6 +46,13 @@ def kill(pid: int) -> None:
         os.close(descriptor)
 
 
+def kill_recorded(vm: Vm) -> None:
+    """The one that the VM's record has, if it has one."""
+    if vm.run is not None:
+        with contextlib.suppress(ProcessLookupError):
+            kill(vm.run.pid)
+
+
 def kill_qemu(vm: Vm) -> None:
     """All that were started for the VM, recorded or not."""
     for pid in facts.scan_for(vm.uuid, after="-uuid"):

@@ -73,7 +73,7 @@ async def test_qemu_dies_at_any_step(verb: str, factory: Factory) -> None:
         if await vm.phase() is not Phase.RUNNING:
             await vm.start(wait=True, timeout=120)
         await vm.sh("echo second > /root/file; sync")
-        with faults.at(point, lambda: faults.kill(vm.pid)), contextlib.suppress(AtollError):
+        with faults.at(point, lambda: faults.kill_recorded(vm.record)), contextlib.suppress(AtollError):
             await ACTS[verb](vm)
         for node in await vm.history():
             if node.snapshot.name != "first":
