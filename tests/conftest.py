@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from atoll.layout import Layout
+from atoll.model import chain
+from atoll.operations import merge
 from tests.helpers import leftovers
 from tests.helpers.images import adopt_cached
 from tests.helpers.machines import Factory
@@ -49,6 +52,20 @@ def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.fixture
+def small_home(home: Path) -> Iterator[Path]:
+    """The home on a file system of its own, which can be filled, and made read-only."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system takes root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m,mode=755", "tmpfs", home], check=True)
+    try:
+        yield home
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", home], check=True)
+        leftovers.end_processes_of(home)
+        subprocess.run(["umount", "--lazy", home], check=True)
+
+
+@pytest.fixture
 def layout(home: Path) -> Layout:
     return Layout(data=home / "data", cache=home / "cache", run=home / "run")
 
@@ -68,6 +85,15 @@ def with_image(layout: Layout) -> Callable[[str], Awaitable[str]]:
         return await adopt_cached(recipe, layout)
 
     return put
+
+
+@pytest.fixture
+def short_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test says itself when layers are merged, and there are soon too many of them."""
+    monkeypatch.setattr(merge, "begin", lambda services, vm_id: None)
+    monkeypatch.setattr(merge, "LONGEST", 2)
+    monkeypatch.setattr(chain, "LONGEST", 2)
+    monkeypatch.setattr(chain, "AFTER", 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:

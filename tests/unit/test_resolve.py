@@ -308,8 +308,6 @@ MANY = tuple(DiskRequest(size="1GiB") for _ in range(30))
         ({"disks": (DiskRequest(name="x" * 21, size="1GiB"),)}, "can't be the name of a disk: it has"),
         ({"disks": (DiskRequest(name="x-1", size="1GiB"),)}, "can't be the name of a disk: it has"),
         ({"disks": (DiskRequest(name="x-file", size="1GiB"),)}, "can't be the name of a disk: it has"),
-        ({"disks": (DiskRequest(name="kernel", size="1GiB"),)}, "'kernel' can't be the name of a disk: Atoll uses it"),
-        ({"disks": (DiskRequest(name="serial-log", size="1GiB"),)}, "Atoll uses it itself"),
         ({"disks": (DiskRequest(name="root", size="1GiB"),)}, "there is a disk 'root' already"),
         ({"disks": (DiskRequest(image="only"),)}, "the image only has no disk"),
         ({"disks": (DiskRequest(image="floppy", bus="sata"),)}, "a sata disk can't be"),

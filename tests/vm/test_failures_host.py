@@ -9,11 +9,10 @@ import re
 import sqlite3
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from tests.helpers import leftovers
 from tests.helpers.command import Ended, atoll
 from tests.helpers.images import adopt_cached
 from tests.helpers.machines import Factory
@@ -71,42 +70,28 @@ async def test_a_home_may_have_any_name(name: str, home: Path, monkeypatch: pyte
         assert await disagreements(factory.layout) == []
 
 
-@pytest.fixture
-def mounted_home(home: Path) -> Iterator[Path]:
-    """The home on a file system of its own, which can be made read-only, and filled."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system takes root")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m,mode=755", "tmpfs", home], check=True)
-    try:
-        yield home
-    finally:
-        subprocess.run(["mount", "-o", "remount,rw", home], check=True)
-        leftovers.end_processes_of(home)
-        subprocess.run(["umount", "--lazy", home], check=True)
-
-
-async def test_a_home_that_became_read_only_is_told_and_read(mounted_home: Path, layout: Layout) -> None:
+async def test_a_home_that_became_read_only_is_told_and_read(small_home: Path, layout: Layout) -> None:
     await adopt_cached("tiny", layout)
     assert atoll("create", "tiny", "--name", "v", "--memory", "96MiB").code == 0
-    subprocess.run(["mount", "-o", "remount,ro", mounted_home], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", small_home], check=True)
     assert "v" in atoll("ls").out
     assert "tiny" in atoll("image", "ls").out
     for command in (["start", "v"], ["create", "tiny"], ["snapshot", "v"], ["rm", "v"], ["rename", "v", "w"]):
         check_refused(atoll(*command), "ATOLL_HOME")
-    subprocess.run(["mount", "-o", "remount,rw", mounted_home], check=True)
+    subprocess.run(["mount", "-o", "remount,rw", small_home], check=True)
     assert await disagreements(layout) == []
     ran = atoll("start", "v")
     assert (ran.code, ran.err) == (0, "")
     assert atoll("rm", "--force", "v").code == 0
 
 
-async def test_a_guest_that_fills_the_disk_waits_and_goes_on(mounted_home: Path, layout: Layout) -> None:
+async def test_a_guest_that_fills_the_disk_waits_and_goes_on(small_home: Path, layout: Layout) -> None:
     await adopt_cached("tiny", layout)
-    filler = mounted_home / "filler"
+    filler = small_home / "filler"
     async with Factory(layout) as factory:
         vm = factory.machine(await factory.host.create("tiny", name="v", memory="96MiB"))
         await vm.start(wait=True, timeout=120)
-        room = os.statvfs(mounted_home)
+        room = os.statvfs(small_home)
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, room.f_bavail * room.f_frsize - (4 << 20)))
         writing = asyncio.create_task(vm.sh("dd if=/dev/urandom of=/root/big bs=1M count=20 2>/dev/null; sync"))
@@ -260,18 +245,18 @@ async def test_a_thousand_vms(factory: Factory) -> None:
     assert not any(factory.layout.vms.iterdir())
 
 
-async def test_errors_of_a_full_disk_change_nothing(mounted_home: Path, layout: Layout) -> None:
+async def test_errors_of_a_full_disk_change_nothing(small_home: Path, layout: Layout) -> None:
     await adopt_cached("tiny", layout)
     async with Factory(layout) as factory:
         await factory.host.create("tiny", name="v", memory="96MiB")
         before = await disagreements(layout)
-        room = os.statvfs(mounted_home)
-        with (mounted_home / "filler").open("wb") as file:
+        room = os.statvfs(small_home)
+        with (small_home / "filler").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_frsize)
         with pytest.raises(AtollError) as caught:
             await factory.host.create("tiny", name="w", memory="96MiB")
         assert isinstance(caught.value, StorageFailed) or "full" in caught.value.text
         assert [info.vm.name for info in await factory.host.ls()] == ["v"]
-        (mounted_home / "filler").unlink()
+        (small_home / "filler").unlink()
         assert await disagreements(layout) == before == []
         await factory.host.create("tiny", name="w", memory="96MiB")

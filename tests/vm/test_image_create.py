@@ -42,6 +42,18 @@ async def test_an_image_of_a_snapshot_and_one_of_a_running_vm_boot_as_machines_o
     assert await disagreements(factory.layout) == []
 
 
+async def test_an_image_is_in_use_by_what_stands_far_above_it(factory: Factory) -> None:
+    vm = await factory.create("tiny", name="v", memory="96MiB")
+    await vm.snapshot("s")
+    with pytest.raises(WrongState, match="in use: by v"):
+        await factory.host.images.rm("tiny")
+    assert await factory.host.images.prune(every=True) == []
+    await factory.host.images.rm("tiny", force=True)
+    await vm.start(wait=True, timeout=120)
+    await vm.rm(force=True)
+    assert list(factory.layout.layers.iterdir()) == list(factory.layout.blobs.iterdir()) == []
+
+
 async def test_wrong_sources_and_names_make_nothing(factory: Factory) -> None:
     await factory.create("tiny", name="v", memory="96MiB")
     before = await factory.host.images.ls()

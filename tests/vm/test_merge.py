@@ -63,6 +63,7 @@ async def test_a_running_guest_is_put_on_merged_layers(factory: Factory) -> None
     assert {path.stem for path in factory.layout.layers.iterdir()} == {
         layer.id for layer in factory.host._services.records.layers()
     }
+    assert await factory.host.prune(dry_run=True) == [], "what was merged and nobody needs is gone"
 
     clone = factory.machine(await vm.clone("w"))
     await clone.start(wait=True, timeout=120)

@@ -21,12 +21,29 @@ def disks(*buses: str) -> dict[str, Any]:
     return {"disks": tuple(DiskRequest(size="64MiB", bus=bus) for bus in buses)}  # type: ignore[arg-type]
 
 
+PARTS = (
+    "firmware",
+    "variables",
+    "rom",
+    "kernel",
+    "events",
+    "hello",
+    "serial-log",
+    "seed-iso",
+    "control",
+    "agent",
+    "ram",
+)
 MACHINES: dict[str, dict[str, Any]] = {
     "one disk": disks("virtio"),
     "a disk on every bus": disks("virtio", "nvme", "sata", "scsi", "floppy"),
     "as many as sata and floppy take": disks(*["sata"] * 6, *["floppy"] * 2),
     "many disks on scsi": disks(*["scsi"] * 40),
     "as many as there are slots": disks(*["virtio", "nvme"] * 9),
+    "disks that are called like parts of the machine": {
+        "firmware": "uefi",
+        "disks": tuple(DiskRequest(name=name, size="1MiB") for name in PARTS),
+    },
     "no disk, but firmware": {"firmware": "bios"},
     "uefi": {"firmware": "uefi", **disks("virtio", "sata")},
     "cds": {"cdrom": ("cd", "cd"), **disks("scsi")},

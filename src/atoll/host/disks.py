@@ -49,7 +49,7 @@ async def create_head(path: Path, *, size: int, empty: Path) -> None:
 async def _create(path: Path, size: int, doing: str) -> None:
     path.unlink(missing_ok=True)
     options = ["-f", "qcow2", "-o", "compat=1.1,lazy_refcounts=off"]
-    await _qemu_img(["create", "-q", *options, "--", path, str(size)], doing)
+    await _run(["qemu-img", "create", "-q", *options, "--", path, str(size)], doing)
 
 
 def chain_argument(layers: Sequence[Path], *, shared: bool = False) -> str:
@@ -84,19 +84,20 @@ async def allocated_ranges(layers: Sequence[Path], *, above: int) -> list[tuple[
 async def copy_content(layers: Sequence[Path], path: Path, *, size: int, report: Callable[[Progress], None]) -> None:
     """A new disk of `size` bytes with the content of a chain and nothing below it, in place of one that was there.
 
-    Raises `ProcessFailed`, also when the disk is full.
+    Raises as `create_head` does.
     """
     path.unlink(missing_ok=True)
-    await process.run(
+    await _run(
         ["qemu-img", "convert", "-p", "-t", "none", "-O", "qcow2", chain_argument(layers), path],
+        f"copy the disk {path}",
         on_output=lambda output: _percent(output, report),
     )
     await resize(path, size)
 
 
 async def copy_sparse(source: Path, target: Path) -> None:
-    """Copy a file with its holes, sharing its blocks where the file system can. Raises `ProcessFailed`."""
-    await process.run(["cp", "--sparse=always", "--reflink=auto", "--", source, target])
+    """Copy a file with its holes, sharing its blocks where the file system can. Raises as `create_head`."""
+    await _run(["cp", "--sparse=always", "--reflink=auto", "--", source, target], f"write {target}")
 
 
 def _percent(output: bytes, report: Callable[[Progress], None]) -> None:
@@ -109,7 +110,7 @@ def _percent(output: bytes, report: Callable[[Progress], None]) -> None:
 async def resize(path: Path, size: int) -> None:
     """Grow a head that no QEMU has open. `size` is the whole new size in bytes. Raises as `create_head` does."""
     # Without what is below it, which may have been merged into another file since the head was made.
-    await _qemu_img(["resize", "-q", "--", chain_argument([path]), str(size)], f"grow the disk {path}")
+    await _run(["qemu-img", "resize", "-q", "--", chain_argument([path]), str(size)], f"grow the disk {path}")
 
 
 class Checked(Struct, frozen=True, kw_only=True):
@@ -148,11 +149,16 @@ async def check(path: Path, *, mend_leaks: bool = False) -> Checked:
     )
 
 
-async def _qemu_img(words: list[str | Path], doing: str) -> None:
+async def _run(words: list[str | Path], doing: str, *, on_output: Callable[[bytes], None] | None = None) -> None:
+    """A program that writes a file; that it found no room is told as that."""
     try:
-        await process.run(["qemu-img", *words], env={"LC_ALL": "C"})
+        await process.run(words, env={"LC_ALL": "C"}, on_output=on_output)
     except ProcessFailed as error:
-        for number in _REFUSALS:
-            if os.strerror(number) in error.why:
-                raise from_os_error(OSError(number, os.strerror(number)), doing) from error
+        if (refusal := no_room(error.why)) is not None:
+            raise from_os_error(refusal, doing) from error
         raise
+
+
+def no_room(said: str) -> OSError | None:
+    """What the system refused a program that writes, if its words are about that."""
+    return next((OSError(number, os.strerror(number)) for number in _REFUSALS if os.strerror(number) in said), None)

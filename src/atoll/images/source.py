@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from atoll.errors import ImageRefused, from_os_error
+from atoll.errors import ImageRefused, StorageFailed, from_os_error
 from atoll.host.files import CHUNK
 from atoll.images.made import Report
 from atoll.model.operation import Progress
@@ -28,6 +28,10 @@ REPORT_EVERY = 16 << 20
 
 class Stopped(Exception):
     """The task that waits for a thread was cancelled; the thread leaves at its next look."""
+
+
+class CopyFailed(StorageFailed):
+    """The copy can't be written; its source could be read so far. The `OSError` is its cause."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,8 @@ async def digest(
 ) -> str:
     """The digest of the whole file in hexadecimal, and on the way a sparse copy of it at `copy_to`.
 
-    Raises `StorageFailed` when the copy can't be written, `ImageRefused` when the file ends early.
+    Raises `CopyFailed` when the copy can't be written, `StorageFailed` when the file can't be read, `ImageRefused` when
+    it ends early.
     """
     tell = progress_teller(report, step=step, total=source.size)
 
@@ -174,7 +179,8 @@ async def digest(
             finally:
                 os.close(target)
         except OSError as error:
-            raise from_os_error(error, f"write {copy_to}") from error
+            told = from_os_error(error, f"write {copy_to}")
+            raise CopyFailed(told.what, told.why, told.next_step) from error
 
     return await in_thread(work)
 

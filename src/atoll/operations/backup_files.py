@@ -6,9 +6,9 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AtollError, ImageRefused, RecordsFailed, StorageFailed
+from atoll.errors import ImageRefused, RecordsFailed, StorageFailed
 from atoll.images import qcow2
-from atoll.images.source import digest, opened
+from atoll.images.source import CopyFailed, digest, opened
 from atoll.model.backup import BackupDisk, StoredLayer
 from atoll.model.image import Layer
 from atoll.model.names import SHORT_ID
@@ -206,9 +206,7 @@ async def store_blob(folder: BackupFolder, source: Path, sha256: str, *, total: 
 async def _copy(folder: BackupFolder, source: Path, target: Path, *, total: Total) -> tuple[str, int]:
     try:
         return await read(source, total=total, copy_to=target)
-    except AtollError as error:
-        if not error.what.startswith("can't write"):
-            raise
+    except CopyFailed:
         with backup_folder.told(folder, f"write to {folder.path}"):
             raise
     raise AssertionError

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from atoll.model.image import Image
 from atoll.model.names import SHORT_ID
 from atoll.model.spec import VmSpec
 from atoll.operations.services import Services
@@ -27,12 +26,6 @@ class Needed(Struct):
     """Whether each layer has a record: without it nobody knows which ones are below it."""
 
 
-def needs(spec: VmSpec, image: Image) -> bool:
-    """Whether a VM has something of the image's."""
-    needed = needed_by([spec])
-    return bool(needed.layers & set(image.layer_ids) or needed.blobs & set(image.blob_ids))
-
-
 def needed_by(specs: Iterable[VmSpec]) -> Needed:
     found = Needed(set(), set(), set())
     for spec in specs:
@@ -42,8 +35,11 @@ def needed_by(specs: Iterable[VmSpec]) -> Needed:
     return found
 
 
-def needed(services: Services, *, without: Collection[str] = ()) -> Needed:
-    """What VMs, snapshots and images need, but for the images whose ids are in `without`; layers with those below."""
+def needed(services: Services, *, without: Collection[str] = (), reads_no_more: str = "") -> Needed:
+    """What VMs, snapshots and images need, but for the images whose ids are in `without`; layers with those below.
+
+    An unfinished operation needs what it copies, unless its request has the id `reads_no_more`.
+    """
     records = services.records
     vms, snapshots = records.vms(), records.snapshots()
     specs = [spec for vm in vms for spec in (vm.spec, vm.pending) if spec] + [node.spec for node in snapshots]
@@ -56,6 +52,8 @@ def needed(services: Services, *, without: Collection[str] = ()) -> Needed:
             found.layers |= set(image.layer_ids)
             found.blobs |= set(image.blob_ids)
     for operation in records.operations(unfinished=True):
+        if reads_no_more and operation.request.get("id") == reads_no_more:
+            continue
         # A full copy reads layers that need not be anybody's any more, and the clone of a VM its UEFI variables.
         found.layers |= set(operation.request.get("copies", {}).values())
         found.blobs |= {blob for blob in (operation.request.get("nvram"),) if blob}
@@ -80,7 +78,12 @@ def add_those_below(layers: set[str], below: dict[str, str | None]) -> bool:
 
 
 def collect(
-    services: Services, *, dry_run: bool, without: Collection[str] = (), templates: bool = False
+    services: Services,
+    *,
+    dry_run: bool,
+    without: Collection[str] = (),
+    reads_no_more: str = "",
+    templates: bool = False,
 ) -> list[tuple[str, int]]:
     """Remove what nothing needs; names, and the bytes that it frees. The caller holds the images' lock.
 
@@ -90,7 +93,7 @@ def collect(
     # Looked at before the records are: what an operation makes meanwhile isn't in it.
     there = [path for each in (layout.layers, layout.blobs, layout.memory) for path in _files_in(each)]
     mapped, unfinished = _files_in(layout.templates), _in(layout.temporary)
-    wanted = needed(services, without=without)
+    wanted = needed(services, without=without, reads_no_more=reads_no_more)
     by_folder = {layout.layers: wanted.layers, layout.blobs: wanted.blobs, layout.memory: wanted.memory}
     unneeded = [path for path in there if path.stem not in by_folder[path.parent]]
     if not wanted.chains_known:

@@ -24,10 +24,10 @@ from atoll.model.names import check_image_name
 from atoll.model.requests import BuildRequest, ImportRequest, PullRequest
 from atoll.model.spec import Arch
 from atoll.operations.adopt import freeze
-from atoll.operations.collect import collect, needs
+from atoll.operations.collect import collect
 from atoll.operations.create import IMAGES_LOCK, find_image
 from atoll.operations.engine import Context, Step, Verb, perform
-from atoll.operations.prune import remove_images, unused_images
+from atoll.operations.prune import remove_images, unused_images, users_of_image
 from atoll.operations.services import Report, Services
 
 
@@ -185,7 +185,7 @@ async def remove(reference: str, *, services: Services, force: bool = False) -> 
         if named and not by_id:
             services.records.put_image_names(image.id, named)
             return
-        users = [vm.name for vm in services.records.vms() if needs(vm.spec, image)]
+        users = users_of_image(services, image)
         if users and not force:
             raise WrongState(
                 f"the image {image.name} is in use",
@@ -200,9 +200,6 @@ async def remove(reference: str, *, services: Services, force: bool = False) -> 
 async def prune(*, services: Services, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
     """Remove what nothing needs; with `every` also images that no VM came from. Returns names and bytes freed."""
     async with services.lease(IMAGES_LOCK, what="the images"):
-        unused: list[Image] = []
-        if every:
-            specs = [spec for vm in services.records.vms() for spec in (vm.spec, vm.pending) if spec]
-            unused = unused_images(services, specs)
+        unused = unused_images(services) if every else []
         removed = remove_images(services, unused, dry_run=dry_run)
         return removed + collect(services, dry_run=dry_run, without={image.id for image in unused})

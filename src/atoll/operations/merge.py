@@ -184,7 +184,8 @@ async def _relink(context: Context[MergeRequest]) -> None:
             with contextlib.suppress(AtollError):
                 await _relink_one(services, vm)
     async with services.lease(IMAGES_LOCK, what="the images"):
-        collect(services, dry_run=False)
+        # This operation is unfinished still, but it has read what it kept for that.
+        collect(services, dry_run=False, reads_no_more=context.request.id)
 
 
 async def _relink_one(services: Services, vm: Vm) -> None:

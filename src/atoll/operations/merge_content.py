@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.errors import EngineFailed, TimedOut, from_os_error
-from atoll.host import process
+from atoll.host import disks, process
 from atoll.model.operation import Progress
 from atoll.operations.services import Report
 from atoll.qemu.monitor import Monitor
@@ -66,7 +66,9 @@ async def _stream(monitor: Monitor, chain: Sequence[Path], target: Path, count: 
             with contextlib.suppress(TimedOut):
                 await events.next(timeout=LOOK_AGAIN)
     if "error" in job:
-        raise EngineFailed("the layers can't be merged", job["error"], "Free some space if the disk is full.")
+        if (refusal := disks.no_room(job["error"])) is not None:
+            raise from_os_error(refusal, f"merge layers into {target}")
+        raise EngineFailed("the layers can't be merged", job["error"])
     await monitor.execute("job-dismiss", {"id": JOB})
 
 

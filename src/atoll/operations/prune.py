@@ -12,7 +12,6 @@ from atoll.errors import from_os_error
 from atoll.host import files
 from atoll.model.image import Image
 from atoll.model.names import SHORT_ID
-from atoll.model.spec import VmSpec
 from atoll.operations.collect import add_those_below, collect, needed_by, size_of
 from atoll.operations.create import IMAGES_LOCK
 from atoll.operations.services import Services
@@ -20,13 +19,9 @@ from atoll.operations.services import Services
 
 async def prune(*, services: Services, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
     """Remove it, or only tell; names and the bytes that each frees. Raises `Busy`, `StorageFailed`, `RecordsFailed`."""
-    records = services.records
     try:
         async with services.lease(IMAGES_LOCK, what="the images"):
-            unused: list[Image] = []
-            if every:
-                specs = [spec for vm in records.vms() for spec in (vm.spec, vm.pending) if spec]
-                unused = unused_images(services, [*specs, *(node.spec for node in records.snapshots())])
+            unused = unused_images(services) if every else []
             found = remove_images(services, unused, dry_run=dry_run)
             without = {image.id for image in unused}
             found += collect(services, dry_run=dry_run, without=without, templates=True)
@@ -35,15 +30,30 @@ async def prune(*, services: Services, every: bool = False, dry_run: bool = Fals
         raise from_os_error(error, "remove what nothing needs") from error
 
 
-def unused_images(services: Services, specs: Iterable[VmSpec]) -> list[Image]:
-    """The images of which no spec has anything, also far below its disks."""
-    found = needed_by(specs)
-    add_those_below(found.layers, {layer.id: layer.parent for layer in services.records.layers()})
-    return [
-        image
-        for image in services.records.images()
-        if not (found.layers & set(image.layer_ids) or found.blobs & set(image.blob_ids))
-    ]
+def unused_images(services: Services) -> list[Image]:
+    """The images of which no VM has anything."""
+    return [image for image in services.records.images() if not users_of_image(services, image)]
+
+
+def users_of_image(services: Services, image: Image) -> list[str]:
+    """The names of the VMs that have something of the image's: now, from the next start on, or in their history; also
+    far below their disks.
+    """
+    records = services.records
+    names, specs = {}, {}
+    for vm in records.vms():
+        names[vm.id], specs[vm.id] = vm.name, [spec for spec in (vm.spec, vm.pending) if spec]
+    for node in records.snapshots():
+        names.setdefault(node.vm_id, node.vm_name)
+        specs.setdefault(node.vm_id, []).append(node.spec)
+    below = {layer.id: layer.parent for layer in records.layers()}
+    found = []
+    for vm_id, those in specs.items():
+        needed = needed_by(those)
+        add_those_below(needed.layers, below)
+        if needed.layers & set(image.layer_ids) or needed.blobs & set(image.blob_ids):
+            found.append(names[vm_id])
+    return found
 
 
 def remove_images(services: Services, images: Iterable[Image], *, dry_run: bool) -> list[tuple[str, int]]:

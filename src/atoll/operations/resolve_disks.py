@@ -12,16 +12,9 @@ from atoll.model.names import new_id, shown
 from atoll.model.requests import CreateRequest, DiskRequest
 from atoll.model.spec import Arch, Bus, DiskSpec
 from atoll.model.units import MIB, TIB, format_size, parse_size
-from atoll.qemu import devices
-from atoll.qemu.plan import MONITORS
 
 LARGEST_DISK = 64 * TIB
 _DISK_NAME = re.compile(r"[a-z][a-z0-9-]{0,19}", re.ASCII)
-_RESERVED = frozenset(
-    {"firmware", "variables", "rom", "kernel", "initrd", "events", "hello", "serial", "serial-log", "seed", "seed-iso"}
-    | {*MONITORS, *devices.channel_names()}
-)
-"""Names that `qemu/plan.py` gives to block nodes and descriptors of its own."""
 
 
 def all_disks(request: CreateRequest, image: Image | None, cdroms: Sequence[Image], arch: Arch) -> tuple[DiskSpec, ...]:
@@ -72,13 +65,11 @@ def _free_name(stem: str, first: int, others: Sequence[DiskSpec]) -> str:
 def further_disk(request: DiskRequest, others: Sequence[DiskSpec], image: Image | None = None) -> DiskSpec:
     """A disk beside the ones that are there. Raises `InvalidInput`."""
     name = request.name or _free_name("data", 1, others)
-    if not _well_formed(name):
+    if not may_be_called(name):
         raise InvalidInput(
             f"{shown(name)} can't be the name of a disk",
             "it has up to 20 lower-case letters, digits and '-', and doesn't end like '-1'",
         )
-    if name in _RESERVED:
-        raise InvalidInput(f"{name!r} can't be the name of a disk", "Atoll uses it itself", "Choose another name.")
     if any(disk.name == name for disk in others):
         raise InvalidInput(f"there is a disk '{name}' already", next_step="Choose another name.")
     if image is not None:
@@ -99,13 +90,9 @@ def further_disk(request: DiskRequest, others: Sequence[DiskSpec], image: Image 
     return DiskSpec(name=name, size=check_disk_size(request.size), bus=request.bus or "virtio")
 
 
-def _well_formed(name: str) -> bool:
-    return bool(_DISK_NAME.fullmatch(name)) and not re.search(r"-\d+$", name) and not name.endswith("-file")
-
-
 def may_be_called(name: str) -> bool:
     """Whether that can be the name of a disk."""
-    return _well_formed(name) and name not in _RESERVED
+    return bool(_DISK_NAME.fullmatch(name)) and not re.search(r"-\d+$", name) and not name.endswith("-file")
 
 
 def check_disk_size(size: str | int) -> int:
