@@ -111,6 +111,12 @@ def starts(atoll: Atoll, hand: raw.ByHand, repetitions: int, *, peers: bool) -> 
             (Goal("raw", 1.5), Goal("virsh", 0.4)),
         ),
         Case(
+            "start of a confined one",
+            repetitions,
+            {"atoll": atoll.start, "unconfined": atoll.start_unconfined},
+            (Goal("unconfined", plus=10),),
+        ),
+        Case(
             "guest answers",
             repetitions,
             {

@@ -1,6 +1,7 @@
-"""Raw QEMU: the very command line that Atoll starts a VM with, with the same files and sockets, started by hand."""
+"""Raw QEMU: the command line that Atoll starts a VM with, with the same files and sockets, started by hand."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -32,6 +33,17 @@ class ByHand:
         """Where a listening socket of the plan is: `control`, `agent`."""
         return self.sockets / next(Path(each.path).name for each in self.plan.listeners if each.name == name)
 
+    @property
+    def argv(self) -> list[str]:
+        """The plan's, as somebody without a jail would start it: QEMU's own user network, no filter."""
+        words = list(self.plan.argv)
+        if "-sandbox" in words:
+            at = words.index("-sandbox")
+            del words[at : at + 2]
+        for at in [index + 1 for index, word in enumerate(words) if word == "-netdev"]:
+            words[at] = json.dumps({"type": "user", "id": json.loads(words[at])["id"]})
+        return words
+
     def argument(self, option: str) -> str:
         """The word after an option."""
         return self.plan.argv[self.plan.argv.index(option) + 1]
@@ -55,7 +67,7 @@ def running(vm: ByHand) -> Iterator[None]:
         numbers = dict(_opened(vm, stack))
         log = stack.enter_context((vm.sockets / "qemu.log").open("w+b"))
         process = subprocess.Popen(
-            [vm.plan.binary, *(_filled(word, numbers) for word in vm.plan.argv)],
+            [vm.plan.binary, *(_filled(word, numbers) for word in vm.argv)],
             pass_fds=tuple(numbers.values()),
             cwd=vm.plan.working_folder,
             stdin=subprocess.DEVNULL,

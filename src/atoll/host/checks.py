@@ -70,9 +70,9 @@ def kernel_features() -> list[Check]:
         ),
         _feature(
             "Landlock",
-            kernel.Feature(usable=landlock > 0, why="the kernel hasn't it, or it is switched off"),
+            kernel.Feature(usable=landlock >= 6, why=kernel.landlock_lacks(landlock)),
             meaning="guests are confined less",
-            remedy="add landlock to the kernel's lsm= option, or use Linux 5.13 or newer",
+            remedy="add landlock to the kernel's lsm= option, or use Linux 6.12 or newer",
             found=f"version {landlock}",
         ),
         _feature(

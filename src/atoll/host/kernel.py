@@ -69,6 +69,14 @@ def landlock_version() -> int:
     return max(0, int(answer))
 
 
+def landlock_lacks(version: int) -> str:
+    """What a process that this version restricts may still do."""
+    if version == 0:
+        return "the kernel hasn't it, or it is switched off"
+    lacking = "TCP, abstract sockets and signals" if version < 4 else "abstract sockets and signals"
+    return f"version {version} leaves {lacking} open"
+
+
 def seccomp_filters() -> bool:
     """Whether system calls can be filtered by a BPF program."""
     return (PROC / "sys/kernel/seccomp/actions_avail").exists()

@@ -137,7 +137,7 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
         barrier("own user", own, f"user {jail.ids.user}" if jail.ids else "", no_ids),
         barrier("no privileges", True, "no_new_privs", ""),
         barrier("system calls", jail.filtered, "seccomp, and QEMU's own", "no filter on this kernel or processor"),
-        barrier("landlock", jail.landlock >= 6, f"version {jail.landlock}", _landlock_lacks(jail.landlock)),
+        barrier("landlock", jail.landlock >= 6, f"version {jail.landlock}", kernel.landlock_lacks(jail.landlock)),
         barrier("memory limit", True, first_version if by_group else "RLIMIT_DATA, without a control group", ""),
         barrier(
             "process limit",
@@ -147,13 +147,6 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
         ),
         barrier("file limit", jail.filtered, "RLIMIT_FSIZE", "it can be raised where no system calls are filtered"),
     )
-
-
-def _landlock_lacks(version: int) -> str:
-    if version == 0:
-        return "the kernel hasn't it, or it is switched off"
-    lacking = "TCP, abstract sockets and signals" if version < 4 else "abstract sockets and signals"
-    return f"version {version} leaves {lacking} open"
 
 
 @cache

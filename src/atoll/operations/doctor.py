@@ -136,7 +136,7 @@ def _tools() -> list[Check]:
         _tool("qemu-img", "no disk can be made or converted", vital=True),
         _tool("slirp4netns", "VMs have no network: they need --network none", vital=True),
         _tool("mmdebstrap", "`atoll image build debian:*` doesn't work"),
-        _tool("newuidmap", "an ordinary user can't build Debian images"),
+        _tool("newuidmap", "an ordinary user can't build Debian images, nor give VMs users of their own"),
         _tool("sfdisk", "UEFI disks can't be built"),
         _tool("mkfs.vfat", "UEFI disks can't be built"),
         _tool("mcopy", "UEFI disks can't be built"),
@@ -185,7 +185,7 @@ def _sub_ids() -> Check:
         name=name,
         ok="warning",
         found=f"{user} has none in {' and '.join(lacking)}",
-        meaning="this user can't build Debian images",
+        meaning="this user can't build Debian images, and its VMs run as itself",
         remedy=f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
     )
 
