@@ -1,6 +1,10 @@
-"""Raw QEMU: the very command line that Atoll starts a VM with, with the same files and sockets, started by hand."""
+"""Raw QEMU: the very command line that Atoll starts a VM with, with the same files and sockets, started by hand.
+
+But for the network: by hand that is QEMU's own user-mode network, in QEMU itself.
+"""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -94,6 +98,8 @@ def _opened(vm: ByHand, stack: contextlib.ExitStack) -> Iterator[tuple[str, int]
 
 
 def _filled(word: str, numbers: dict[str, int]) -> str:
+    if word.startswith('{"type":"dgram"'):
+        return json.dumps({"type": "user", "id": json.loads(word)["id"]})
     for name, number in numbers.items():
         word = word.replace(f"@fd:{name}@", str(number))
     return word
