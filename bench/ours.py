@@ -100,7 +100,10 @@ class Atoll:
         return self.timed("ls", "--format", "json")
 
     def resident(self) -> float:
-        """Processes that have this home in their environment and aren't QEMU: how many of ours stay beside a VM."""
+        """Processes that have this home in their environment and aren't QEMU: how many of ours stay beside a VM.
+
+        The helper of its network isn't ours, and has another environment.
+        """
         own = f"ATOLL_HOME={self.home}".encode()
         count = 0
         for process in Path("/proc").glob("[0-9]*"):

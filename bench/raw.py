@@ -1,4 +1,7 @@
-"""Raw QEMU: the command line that Atoll starts a VM with, with the same files and sockets, started by hand."""
+"""Raw QEMU: the very command line that Atoll starts a VM with, with the same files and sockets, started by hand.
+
+But for what only Atoll has: by hand the network is QEMU's own, in QEMU itself, and nothing confines it.
+"""
 
 import contextlib
 import json
@@ -35,7 +38,7 @@ class ByHand:
 
     @property
     def argv(self) -> list[str]:
-        """The plan's, as somebody without a jail would start it: QEMU's own user network, no filter."""
+        """The plan's, without its filter of system calls, and with QEMU's own user-mode network."""
         words = list(self.plan.argv)
         if "-sandbox" in words:
             at = words.index("-sandbox")

@@ -114,5 +114,6 @@ NOTES = """## What is measured
   the same memory, and `cont`; for libvirt a whole `virsh restore`.
 - **fork**: until the copy runs. By hand: QEMU's start on the same mapped memory, the load of the devices, and `cont`.
 - **ls**: with that many stopped VMs; whole processes.
-- **processes beside a running VM**: those of ours that stay, beside QEMU. libvirt's memory is that of its daemons.
+- **processes beside a running VM**: those of ours that stay, beside QEMU and the helper of its network
+  (slirp4netns, with under 1 MiB of its own). libvirt's memory is that of its daemons.
 """

@@ -48,6 +48,8 @@ async def test_a_machine_without_qemu_is_told_what_to_install(
     assert checks["Accelerator"].ok == "failed"
     assert checks["qemu-img"].remedy == "sudo apt-get install qemu-utils"
     assert checks["newuidmap"].remedy == "sudo apt-get install uidmap"
+    network = checks["slirp4netns"]
+    assert (network.ok, network.remedy) == ("failed", "sudo apt-get install slirp4netns")
 
 
 async def test_a_qemu_that_is_too_old_is_told(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ def names_in(launch: LaunchPlan) -> dict[str, list[str]]:
         if flag in ("-device", "-blockdev") and value.startswith("{"):
             (devices if flag == "-device" else nodes).append(json.loads(value))
     return {
-        "descriptors": [each.name for each in (*launch.files, *launch.listeners, *launch.feeds)],
+        "descriptors": [each.name for each in (*launch.files, *launch.listeners, *launch.feeds, *launch.networks)],
         "nodes": [node["node-name"] for node in nodes],
         "devices": [device["id"] for device in devices],
         "slots": [device["addr"] for device in devices if device.get("bus") == "pcie.0"],

@@ -288,7 +288,7 @@ def test_an_ordinary_user_s_is_as_tight(network: UserNetwork) -> None:
         pytest.skip("the tests above are of an ordinary user already")
     folder, root = Path(network.link).parent, Path(__file__).parents[2]
     os.chown(folder, UNKNOWN_USER, UNKNOWN_USER)
-    tests = "a_guest_reaches or restricted or ports_are_published or lifeline"
+    tests = "a_guest_reaches or restricted or ports_are_published or lifeline or sandbox"
     words = ["setpriv", f"--reuid={UNKNOWN_USER}", f"--regid={UNKNOWN_USER}", "--clear-groups", sys.executable, "-m"]
     words += ["pytest", "-q", "-p", "no:cacheprovider", "-k", tests, f"--basetemp={folder}/tmp", __file__]
     finished = subprocess.run(

@@ -122,7 +122,7 @@ def _start(network: UserNetwork, *, sandbox: bool, weaker: str) -> Link:
         # Later on nobody reads what it says: a guest could fill a log with it.
         stack.enter_context(helper.stderr)
         frames = on_failure.enter_context(_connected(helper, Path(network.link)))
-        if not select.select([ready], [], [], START_TIME)[0] or not os.read(ready, 1):
+        if not _is_ready(ready):
             raise _Refused(_last_words(helper))
         Path(network.link).unlink(missing_ok=True)
         frame_filter.guard(helper.pid)
@@ -162,6 +162,13 @@ def _connected(helper: "subprocess.Popen[bytes]", path: Path) -> socket.socket:
             if helper.poll() is not None or time.monotonic() > deadline:
                 raise _Refused(_last_words(helper)) from None
         time.sleep(_PAUSE)
+
+
+def _is_ready(ready: int) -> bool:
+    """Whether it says so in time, before it ends."""
+    poll = select.poll()
+    poll.register(ready, select.POLLIN)
+    return bool(poll.poll(START_TIME * 1000)) and os.read(ready, 1) != b""
 
 
 def _end(helper: "subprocess.Popen[bytes]") -> None:

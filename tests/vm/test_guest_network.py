@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.helpers import leftovers, tool
 from tests.helpers.machines import Factory, Machine
 from tests.helpers.ports import free_port
 from tests.helpers.world import disagreements
@@ -167,6 +168,30 @@ async def test_a_helper_ends_with_its_qemu_however_that_ends(factory: Factory) -
     pid = helper(vm)
     await vm.rm(force=True)
     assert facts.identity_of(pid) is None
+
+
+KILLED_AT = {
+    "before it is connected": "user_network._connected",
+    "before it is guarded": "user_network.frame_filter.guard",
+    "before QEMU has it": "launch._fill",
+}
+
+
+@pytest.mark.parametrize("moment", KILLED_AT)
+async def test_a_tool_that_is_killed_leaves_no_helper(factory: Factory, moment: str) -> None:
+    vm = await factory.create("tiny", name="v", memory="96MiB")
+    action = f"""
+from atoll.host import launch, user_network
+import os, signal
+{KILLED_AT[moment]} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+await (await host.get('v')).start()
+"""
+    assert tool.run(factory.layout, action)[0] == -signal.SIGKILL
+    # The next command tidies up.
+    await vm.start()
+    helpers = [argv for argv in leftovers.processes_of(factory.folder).values() if "slirp4netns" in argv]
+    assert len(helpers) == 1
+    await vm.rm(force=True)
 
 
 async def test_a_helper_that_dies_takes_the_network_only(factory: Factory) -> None:
