@@ -15,6 +15,7 @@ from msgspec import Struct
 from atoll.errors import MissingTool, Unsupported
 from atoll.host import cgroups, kernel, process, seccomp
 from atoll.host.jail import DEVICES, USERFAULTFD, Ids, Jail
+from atoll.host.spawn import namespaces_refused
 from atoll.model.isolation import BARRIERS, Barrier, Isolation, IsolationLevel
 from atoll.model.units import GIB, MIB
 
@@ -75,11 +76,11 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
     if wanted.level == "none":
         missing = tuple(Barrier(name=name, holds=False, why="isolation is switched off") for name in BARRIERS)
         return None, Isolation(level="none", barriers=missing)
-    namespaces, landlock = kernel.user_namespaces(), kernel.landlock_version()
-    no_ids = (namespaces.why if not namespaces.usable else _no_ids()) if os.geteuid() else ""
+    root, landlock = os.geteuid() == 0, kernel.landlock_version()
+    namespaces = _namespaces()
+    no_ids = _no_ids(wanted.id) if root or namespaces.usable else namespaces.why
     ids = None if no_ids else own_ids(wanted.id)
     groups = cgroups.make(wanted.id, cgroups.Wanted(memory=wanted.memory, processes=wanted.threads, cpus=wanted.cpus))
-    root = os.geteuid() == 0
     jail = Jail(
         namespaces=namespaces.usable,
         user_namespace=namespaces.usable and not root,
@@ -103,6 +104,15 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
             "the isolation 'strict' isn't possible here", lacking, "See `atoll doctor`, or use --isolation standard."
         )
     return jail, isolation
+
+
+def _namespaces() -> kernel.Feature:
+    """By the settings first, whose words help more than the kernel's; then by a trial."""
+    told = kernel.user_namespaces()
+    if not told.usable and os.geteuid() != 0:
+        return told
+    refused = namespaces_refused()
+    return kernel.Feature(usable=not refused, why=refused)
 
 
 def _limits(wanted: Wanted, *, alone: bool, grouped: bool) -> tuple[tuple[int, int], ...]:
@@ -157,6 +167,7 @@ def shown_programs(binary: str) -> tuple[str, ...]:
     libraries = [triplet] if Path(triplet).is_dir() else ["/usr/lib"]
     shown = ["/lib", "/lib64", "/usr/lib64", *libraries, "/etc/ld.so.cache"]
     shown += ["/usr/share/qemu", "/usr/share/seabios", "/usr/share/ipxe", "/usr/lib/ipxe"]
+    shown += ["/usr/share/seavgabios", "/usr/share/ipxe.qemu"]
     if not real.startswith("/usr/bin/"):
         # Built or installed elsewhere: with what is beside it (/opt/qemu, /usr/local, /nix/store).
         shown.append("/nix/store" if real.startswith("/nix/store/") else str(Path(real).parent.parent))
@@ -180,15 +191,27 @@ def own_ids(vm_id: str) -> Ids | None:
     return Ids(user=users[0] + chosen % users[1], group=groups[0] + chosen % groups[1])
 
 
-def _no_ids() -> str:
-    """What keeps an ordinary user's VMs from having users of their own; empty when nothing does."""
-    if own_ids("0" * 32) is None:
+def _no_ids(vm_id: str) -> str:
+    """What keeps this VM from having a user of its own; empty when nothing does."""
+    ids = own_ids(vm_id)
+    if os.geteuid() == 0:
+        return "" if ids is not None and _is_mapped(ids.user) else "in this container there is no such user"
+    if ids is None:
         return f"{_user_name()} has no subordinate ids in /etc/subuid and /etc/subgid"
     try:
         process.find("newuidmap")
     except MissingTool as error:
         return f"{error.what} ({error.next_step})"
     return ""
+
+
+def _is_mapped(user: int) -> bool:
+    """Whether our own user namespace has that user (user_namespaces(7)): a container's root has but some."""
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        first, _, count = map(int, line.split())
+        if first <= user < first + count:
+            return True
+    return False
 
 
 @cache
