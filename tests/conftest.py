@@ -17,10 +17,12 @@ from tests.helpers.machines import Factory
 RESULTS = Path(__file__).parent.parent / "test-results"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A shell that starts tests in its background has them, and all that they start, ignore Ctrl-C."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.addinivalue_line("markers", "leaves_processes: the test ends QEMU by other means than Atoll's")
+    os.environ.pop("ATOLL_HOME", None)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -74,8 +76,3 @@ def with_image(layout: Layout) -> Callable[[str], Awaitable[str]]:
         return await adopt_cached(recipe, layout)
 
     return put
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "leaves_processes: the test ends QEMU by other means than Atoll's")
-    os.environ.pop("ATOLL_HOME", None)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from atoll.errors import EngineFailed, StorageFailed, from_os_error
@@ -18,13 +18,15 @@ _FLAGS = {
 }
 
 
-def launch(plan: LaunchPlan, *, log: Path) -> subprocess.Popen[bytes]:
+def launch(plan: LaunchPlan, *, log: Path, given: Mapping[str, int] | None = None) -> subprocess.Popen[bytes]:
     """Start QEMU in a session of its own, with its output in `log`. It outlives us.
+
+    `given` has descriptors by name that are open already: taps.
 
     Raises `StorageFailed` when a file can't be opened, `EngineFailed` when the binary can't be started.
     """
     with contextlib.ExitStack() as stack:
-        descriptors = dict(_open_all(plan, stack))
+        descriptors = dict(_open_all(plan, stack)) | dict(given or {})
         argv = [plan.binary, *(_fill(word, descriptors) for word in plan.argv)]
         output = stack.enter_context(log.open("ab"))
         try:

@@ -36,6 +36,13 @@ PACKAGES = {
     "dpkg-deb": "dpkg",
     "zstd": "zstd",
     "newuidmap": "uidmap",
+    "dnsmasq": "dnsmasq-base",
+    "nft": "nftables",
+    "ip": "iproute2",
+    "nsenter": "util-linux",
+    "unshare": "util-linux",
+    "setpriv": "util-linux",
+    "tc": "iproute2",
 }
 
 

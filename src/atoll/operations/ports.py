@@ -11,11 +11,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.errors import AlreadyExists, AtollError, NotFound, Unsupported
-from atoll.model.spec import PortSpec, Protocol, VmSpec
+from atoll.model.spec import NicSpec, PortSpec, Protocol, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
-from atoll.operations import observe, resolve
-from atoll.operations.boot import check_port_free
+from atoll.operations import network_ports, observe, resolve
+from atoll.operations.check_ports import check_port_free
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
 from atoll.operations.services import Services
@@ -32,13 +32,24 @@ class PortRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 async def publish(vm: Vm, port: PortSpec, *, services: Services) -> PortSpec:
     """Publish a guest's port now. Raises `AlreadyExists` (with who has it), `Unsupported` without a network."""
     resolve.check_port(port)
-    if not vm.spec.nics:
-        raise Unsupported(
-            f"{vm.name}: it has no network", next_step="Ports need one: create it without --network none."
-        )
-    request = PortRequest(vm_id=vm.id, nic=vm.spec.nics[0].name, port=port)
+    request = PortRequest(vm_id=vm.id, nic=_publishing(vm, services).name, port=port)
     await perform(PUBLISH, request, services=services, subject=vm.id, subject_name=vm.name)
     return port
+
+
+def _publishing(vm: Vm, services: Services) -> NicSpec:
+    """The first card whose ports can be published. Raises `Unsupported`."""
+    leading_out = {network.id for network in services.records.networks() if network.mode == "nat"}
+    for nic in vm.spec.nics:
+        if nic.network is None or nic.network in leading_out:
+            return nic
+    if vm.spec.nics:
+        raise Unsupported(
+            f"{vm.name}: its ports can't be published",
+            "private networks have no way in",
+            f"Attach it to a network of mode nat as well: `atoll net attach {vm.name} NETWORK`.",
+        )
+    raise Unsupported(f"{vm.name}: it has no network", next_step="Ports need one: create it without --network none.")
 
 
 async def unpublish(vm: Vm, host_port: int, *, services: Services, protocol: Protocol = "tcp") -> None:
@@ -95,12 +106,21 @@ async def forward(monitor: Monitor, nic: str, port: PortSpec, *, add: bool) -> s
     return "" if said.startswith("host forwarding rule for") else said
 
 
+async def _change(context: Context[PortRequest], *, add: bool) -> str:
+    """By whoever has the card's ports: the network's uplink, or QEMU. Returns what stands against it."""
+    name, port = context.request.nic, context.request.port
+    nic = next((each for each in context.vm.spec.nics if each.name == name), None)
+    if nic is not None and nic.network is not None:
+        return await network_ports.forward(context.services, nic, port, add=add)
+    async with control(context.services, context.vm) as monitor:
+        return await forward(monitor, name, port, add=add)
+
+
 async def _forward(context: Context[PortRequest]) -> None:
     if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
         return
     check_port_free(context.vm.name, context.request.port)
-    async with control(context.services, context.vm) as monitor:
-        said = await forward(monitor, context.request.nic, context.request.port, add=True)
+    said = await _change(context, add=True)
     if said:
         raise AlreadyExists(f"{context.vm.name}: port {context.request.port.host_port} can't be published", said)
 
@@ -108,8 +128,7 @@ async def _forward(context: Context[PortRequest]) -> None:
 async def _unforward(context: Context[PortRequest]) -> None:
     if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
         return
-    async with control(context.services, context.vm) as monitor:
-        await forward(monitor, context.request.nic, context.request.port, add=False)
+    await _change(context, add=False)
 
 
 async def _forward_again(context: Context[PortRequest]) -> None:

@@ -141,7 +141,8 @@ async def _set_aside(context: Context[RestoreRequest]) -> None:
 
 async def _forward(monitor: Monitor, vm: Vm, *, add: bool) -> None:
     for nic in vm.spec.nics:
-        for port in nic.ports:
+        # Those of a network are its uplink's, and lead to the same address afterwards.
+        for port in nic.ports if nic.network is None else ():
             await ports.forward(monitor, nic.name, port, add=add)
 
 

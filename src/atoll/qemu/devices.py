@@ -183,6 +183,8 @@ def port_forward(port: PortSpec) -> str:
 
 
 def network_backend(nic: NicSpec) -> Properties:
+    if nic.network is not None:
+        return {"type": "tap", "id": f"net-{nic.name}", "fd": f"@fd:nic-{nic.name}@"}
     backend: Properties = {"type": "user", "id": f"net-{nic.name}"}
     if nic.restrict:
         backend["restrict"] = True
@@ -191,11 +193,14 @@ def network_backend(nic: NicSpec) -> Properties:
     return backend
 
 
-def network_device(spec: VmSpec, nic: NicSpec) -> Properties:
-    """No option ROM: network boot is asked for by an iPXE image, and the ROM costs time at every boot."""
+def network_device(spec: VmSpec, nic: NicSpec, *, bus: str | None = None) -> Properties:
+    """No option ROM: network boot is asked for by an iPXE image, and the ROM costs time at every boot.
+
+    `bus` is a hot-plug port.
+    """
     device: Properties = {"id": f"nic-{nic.name}", "netdev": f"net-{nic.name}", "mac": nic.mac, "romfile": ""}
     driver = _modern("virtio-net-pci") if nic.model == "virtio" else {"driver": nic.model}
-    return on_root_bus(spec, driver | device)
+    return driver | device | {"bus": bus, "addr": "0x0"} if bus else on_root_bus(spec, driver | device)
 
 
 def channel_names() -> list[str]:
