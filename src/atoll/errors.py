@@ -75,6 +75,12 @@ class Unsupported(AtollError):
     exit_code = 7
 
 
+class NetworkFailed(AtollError):
+    """A network can't be brought up, or lost a part of it."""
+
+    code = "network-failed"
+
+
 class MissingTool(Unsupported):
     """A program that is needed isn't installed."""
 

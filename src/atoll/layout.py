@@ -84,6 +84,61 @@ class VmPaths:
 
 
 @dataclass(frozen=True)
+class NetworkPaths:
+    """The files of a network that is up. All of them can be made again."""
+
+    run: Path
+
+    @property
+    def holder(self) -> Path:
+        """Who holds the namespace: a process's identity."""
+        return self.run / "holder.json"
+
+    @property
+    def alive(self) -> Path:
+        """A pipe that the holder has open: the uplink ends when it has gone."""
+        return self.run / "alive"
+
+    @property
+    def links(self) -> Path:
+        """What `ip -batch` is given at first."""
+        return self.run / "links"
+
+    @property
+    def rules(self) -> Path:
+        """What nft is given at first."""
+        return self.run / "rules.nft"
+
+    @property
+    def dns(self) -> Path:
+        return self.run / "dns.conf"
+
+    @property
+    def dhcp(self) -> Path:
+        return self.run / "dhcp.conf"
+
+    @property
+    def hosts(self) -> Path:
+        """Names and addresses, for dnsmasq's DNS."""
+        return self.run / "hosts"
+
+    @property
+    def leases(self) -> Path:
+        """Cards and addresses, for dnsmasq's DHCP."""
+        return self.run / "leases"
+
+    @property
+    def uplink(self) -> Path:
+        """The socket that takes published ports."""
+        return self.run / "uplink.sock"
+
+    @property
+    def log(self) -> Path:
+        """What the holder, dnsmasq and the uplink said."""
+        return self.run / "log"
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where this Atoll keeps its things."""
 
@@ -146,6 +201,9 @@ class Layout:
 
     def vm(self, vm_id: str) -> VmPaths:
         return VmPaths(home=self.vms / vm_id, run=self.run / "vms" / vm_id)
+
+    def network(self, network_id: str) -> NetworkPaths:
+        return NetworkPaths(run=self.run / "networks" / network_id)
 
     @property
     def locks(self) -> Path:

@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.helpers import leftovers
+from tests.helpers.ports import free_port
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
@@ -67,6 +69,28 @@ def owners(pid: str) -> set[str]:
     return set(line.split()[1:])
 
 
+def networks_work(person: Person) -> None:
+    """A network of two machines that leads out, without a privilege."""
+    person.atoll("net", "create", "lab", "--mode", "nat", "--subnet", "10.99.1.0/24")
+    person.atoll("run", "tiny", "--name", "other", "--memory", "96MiB", "--network", "lab", "--quiet")
+    port = free_port()
+    person.atoll("port", "add", "other", f"{port}:80")
+    person.atoll("exec", "other", "--", "sh", "-c", "mkdir /www; echo served >/www/index.html; httpd -h /www")
+    assert b"10.99.1.3" in person.atoll("net", "attach", "mine", "lab")
+    found = b"for i in $(seq 100); do ping -c 1 -W 1 other.lab.atoll && exit 0; sleep 0.1; done; exit 1"
+    person.atoll("exec", "mine", "--", "sh", "-c", found.decode())
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+        assert answer.read() == b"served\n"
+    # Whoever waits for the dead may take its time, hence the states.
+    look = ["pgrep", "-a", "-u", str(USER), "-r", "DRS", "-f", "atoll-network|dnsmasq|slirp4netns"]
+    pids = person.run(*look).stdout.splitlines()
+    assert len(pids) == 6, "a holder, two of dnsmasq with what starts them again, the uplink"
+    person.atoll("net", "detach", "mine", "lab")
+    person.atoll("rm", "--force", "other")
+    person.atoll("net", "rm", "lab")
+    assert person.run(*look).stdout == b"", "nothing of it is left"
+
+
 def test_everything_works_without_root(person: Person) -> None:
     data = person.home / ".local/share/atoll"
     person.atoll("image", "build", "tiny", "--quiet")
@@ -102,7 +126,9 @@ def test_everything_works_without_root(person: Person) -> None:
             check=True,
         )
         assert of_root.stdout == b"", "each user has machines of their own"
+        networks_work(person)
         person.atoll("stop", "mine")
     finally:
-        person.run(sys.executable, "-c", ATOLL, "rm", "--force", "mine")
+        person.run(sys.executable, "-c", ATOLL, "rm", "--force", "mine", "other")
+        person.run(sys.executable, "-c", ATOLL, "net", "rm", "lab")
     assert person.atoll("ls", "--quiet") == b""

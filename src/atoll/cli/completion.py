@@ -1,4 +1,4 @@
-"""`completion`: lets the shell complete commands, options, and the names of VMs, snapshots and images."""
+"""`completion`: lets the shell complete commands, options, and the names of VMs, snapshots, networks and images."""
 
 from collections.abc import Callable
 
@@ -86,6 +86,10 @@ def vm_names() -> list[str]:
 def snapshot_names(vm: str) -> list[str]:
     """Those of a VM, which is named as anywhere."""
     return _names(lambda services: [node.name for node in services.records.snapshots(services.find_vm(vm).id)])
+
+
+def network_names() -> list[str]:
+    return _names(lambda services: [network.name for network in services.records.networks()])
 
 
 def image_names() -> list[str]:

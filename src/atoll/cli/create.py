@@ -10,10 +10,12 @@ import click
 
 from atoll.cli.failures import OWN_FAILURE, Format, note, settings
 from atoll.cli.options import (
+    CARD,
     DURATION,
     IMAGE,
     TakesCommand,
     parse_disk,
+    parse_nics,
     parse_pairs,
     parse_ports,
     read_text,
@@ -44,7 +46,10 @@ _OPTIONS = [
         "--publish", "-p", "ports", multiple=True, metavar="PORTS",
         help="[ADDRESS:]HOST:GUEST[/tcp|udp], also ranges. Repeatable.",
     ),
-    click.option("--network", type=click.Choice(["user", "none"]), default="user", help="Its network (default: user)."),
+    click.option(
+        "--network", "networks", type=CARD, multiple=True, metavar="NETWORK[,address=…][,mac=…]",
+        help="A network that it is on; `user` is one of its own (the default), `none` none. Repeatable.",
+    ),
     click.option("--restrict-network", is_flag=True, help="No way out of the guest; published ports still work."),
     click.option("--mac", help="The address of its network card."),
     click.option("--nic-model", type=click.Choice(["virtio", "e1000e", "e1000"]), help="Its network card."),
@@ -86,8 +91,14 @@ def _request(image: str | None, *, password_stdin: bool, **options: Any) -> Crea
     user_data = options.pop("user_data")
     if password_stdin and user_data == "-":
         raise InvalidInput("--password-stdin and --user-data - both read standard input", next_step="Use a file.")
+    networks = options.pop("networks")
+    if "none" in networks and len(networks) > 1:
+        raise InvalidInput("--network none and other networks don't go together", next_step="Leave it away.")
+    alone = networks in ((), ("user",), ("none",))
     return CreateRequest(
         image=image,
+        network="none" if networks == ("none",) else "user",
+        nics=() if alone else parse_nics(networks),
         ports=tuple(port for text in options.pop("ports") for port in parse_ports(text)),
         disks=tuple(parse_disk(text) for text in options.pop("disks")),
         labels=parse_pairs(options.pop("labels"), option="--label"),
@@ -174,6 +185,7 @@ def run_command(
     Examples:
       atoll run tiny --name web -p 8080:80
       atoll run debian:13 --name db --cpus 2 --memory 2GiB --user me --ssh-key ~/.ssh/id_ed25519.pub
+      atoll run tiny --name db --network lab --network user
       atoll run --rm tiny -- uname -a
       atoll run -d tiny
     """

@@ -12,7 +12,7 @@ from atoll.model.units import format_size
 from atoll.model.vm import VmInfo
 
 if TYPE_CHECKING:
-    from atoll.model.spec import VmSpec
+    from atoll.model.spec import NicSpec, VmSpec
     from atoll.platform.api import AsyncHost
 
 
@@ -93,17 +93,20 @@ def show_command(vm: str, format: Format) -> None:
     """
     from atoll.cli.session import perform
 
-    async def action(host: "AsyncHost") -> VmInfo:
-        return await (await host.get(vm)).info()
+    async def action(host: "AsyncHost") -> tuple[VmInfo, dict[str, str]]:
+        info = await (await host.get(vm)).info()
+        shared = any(nic.network for nic in info.vm.spec.nics)
+        networks = await host.networks.ls() if shared else []
+        return info, {each.network.id: each.network.name for each in networks}
 
-    info = perform(action, cancelled="")
+    info, networks = perform(action, cancelled="")
     if format != "table":
         emit(info, format)
         return
-    print_description([pair for pair in _description(info) if pair[1]])
+    print_description([pair for pair in _description(info, networks) if pair[1]])
 
 
-def _description(info: VmInfo) -> list[tuple[str, str]]:
+def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]]:
     vm, spec = info.vm, info.vm.spec
     disks = "\n".join(
         f"{disk.name} {format_size(disk.size)} {disk.bus}{' CD' if disk.media == 'cdrom' else ''}"
@@ -126,7 +129,7 @@ def _description(info: VmInfo) -> list[tuple[str, str]]:
         ("CPUs", f"{spec.cpu.count} (up to {spec.cpu.maximum}), {spec.cpu.model}"),
         ("Memory", format_size(spec.memory)),
         ("Disks", disks),
-        ("Network", "\n".join(f"{nic.name} {nic.mac} {nic.model}" for nic in spec.nics)),
+        ("Network", "\n".join(_nic(nic, networks) for nic in spec.nics)),
         ("Ports", "\n".join(_ports(spec))),
         ("Display", spec.display),
         ("Guest agent", "yes" if spec.guest.agent else "no"),
@@ -143,6 +146,11 @@ def _isolation(info: VmInfo) -> str:
         return info.vm.spec.isolation
     lines = [f"{barrier.name}: {'' if barrier.holds else 'no: '}{barrier.why}" for barrier in run.isolation.barriers]
     return "\n".join([run.isolation.level, *lines])
+
+
+def _nic(nic: "NicSpec", networks: dict[str, str]) -> str:
+    where = f" on {networks.get(nic.network, 'a network that is gone')}, {nic.address}" if nic.network else ""
+    return f"{nic.name} {nic.mac} {nic.model}{where}"
 
 
 def _way_on(info: VmInfo) -> str:

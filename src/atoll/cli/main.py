@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "set": "change",
         "wait": "lifecycle",
         "port": "port",
+        "net": "net",
         "disk": "disk",
     },
     "Inside a virtual machine": {
@@ -71,7 +72,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "version": "system",
     },
 }
-ALIASES = {"list": "ls", "ps": "ls", "images": "image", "remove": "rm", "delete": "rm"}
+ALIASES = {"list": "ls", "ps": "ls", "images": "image", "network": "net", "remove": "rm", "delete": "rm"}
 """Names that users of other tools try first. They work, and aren't listed."""
 _MODULES = {name: module for section in SECTIONS.values() for name, module in section.items()}
 

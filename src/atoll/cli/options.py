@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from atoll.errors import InvalidInput, from_os_error
-from atoll.model.requests import DiskRequest
+from atoll.model.requests import DiskRequest, NicRequest
 from atoll.model.spec import PortSpec
 from atoll.model.units import parse_duration
 
@@ -94,6 +94,24 @@ class ImageReference(click.ParamType):  # type: ignore[type-arg]  # generic in n
         return [CompletionItem(name) for name in image_names() if name.startswith(incomplete)]
 
 
+class NetworkReference(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A network's name; the shell completes it."""
+
+    name = "network"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        from atoll.cli.completion import network_names
+
+        names = [*self.also, *network_names()]
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+    def __init__(self, *also: str) -> None:
+        self.also = also
+
+
+NETWORK, CARD = NetworkReference(), NetworkReference("user", "none")
 DURATION, VM, IMAGE = Duration(), VmReference(), ImageReference()
 VM_OR_SNAPSHOT, SNAPSHOT = SourceReference(), SnapshotReference()
 
@@ -164,6 +182,20 @@ def parse_disk(text: str) -> DiskRequest:
         raise InvalidInput(
             f"--disk '{text}' can't be used", str(error), "Write SIZE, or name=…,size=…,bus=…,image=…."
         ) from None
+
+
+def parse_nics(texts: Iterable[str]) -> tuple[NicRequest, ...]:
+    """`NETWORK`, with `,address=…` and `,mac=…` after it."""
+    nics = []
+    for text in texts:
+        network, *rest = text.split(",")
+        pairs = parse_pairs(rest, option="--network")
+        if unknown := pairs.keys() - {"address", "mac"}:
+            raise InvalidInput(
+                f"--network '{text}': there is no '{min(unknown)}'", next_step="Write NETWORK,address=…,mac=…."
+            )
+        nics.append(NicRequest(network=network, address=pairs.get("address"), mac=pairs.get("mac")))
+    return tuple(nics)
 
 
 def read_text(path: str, *, option: str) -> str:

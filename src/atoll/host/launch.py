@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +28,19 @@ class Launched:
     """A sentence about each helper that is confined less than it should be."""
 
 
-def launch(plan: LaunchPlan, *, log: Path, jail: Jail | None, strict: bool) -> Launched:
+def launch(
+    plan: LaunchPlan, *, log: Path, jail: Jail | None, strict: bool, given: Mapping[str, int] | None = None
+) -> Launched:
     """Start QEMU in a session of its own, with its output in `log`. It outlives us.
 
+    `given` has descriptors by name that are open already: taps.
 
     Raises `StorageFailed` when a file can't be opened, `EngineFailed` when a program can't be started, `AlreadyExists`
     when a port is taken.
     """
     weaker: list[str] = []
     with contextlib.ExitStack() as stack:
-        descriptors = dict(_open_all(plan, stack, weaker))
+        descriptors = dict(_open_all(plan, stack, weaker)) | dict(given or {})
         if strict and weaker:
             raise Unsupported("the isolation 'strict' isn't possible here", "; ".join(weaker), "See `atoll doctor`.")
         output = stack.enter_context(log.open("ab"))

@@ -37,7 +37,13 @@ PACKAGES = {
     "zstd": "zstd",
     "newuidmap": "uidmap",
     "slirp4netns": "slirp4netns",
+    "dnsmasq": "dnsmasq-base",
+    "nft": "nftables",
+    "ip": "iproute2",
+    "nsenter": "util-linux",
     "unshare": "util-linux",
+    "setpriv": "util-linux",
+    "tc": "iproute2",
 }
 
 

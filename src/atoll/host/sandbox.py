@@ -171,9 +171,16 @@ def shown_programs(binary: str) -> tuple[str, ...]:
     if not real.startswith("/usr/bin/"):
         # Built or installed elsewhere: with what is beside it (/opt/qemu, /usr/local, /nix/store).
         shown.append("/nix/store" if real.startswith("/nix/store/") else str(Path(real).parent.parent))
+    shown += _linked_from(Path("/usr/share/qemu"), shown)
     shown = [path for path in shown if os.path.lexists(path)]
     # A link's target is shown where the link is, unless it is below what is shown already.
     return tuple(dict.fromkeys([*shown, binary, real]))
+
+
+def _linked_from(folder: Path, shown: list[str]) -> list[str]:
+    """The folders that links in a folder lead to, if they aren't shown: firmware of other architectures, as a rule."""
+    links = [entry.resolve() for entry in folder.iterdir() if entry.is_symlink()] if folder.is_dir() else []
+    return sorted({str(real.parent) for real in links if not str(real).startswith(tuple(f"{each}/" for each in shown))})
 
 
 def own_ids(vm_id: str) -> Ids | None:

@@ -14,6 +14,7 @@ _IMAGE_NAME = re.compile(
     r"[a-z0-9][a-z0-9_.-]{0,62}(?:/[a-z0-9][a-z0-9_.-]{0,62})*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,62})?", re.ASCII
 )
 SHORT_ID = 12
+_LISTS = {"image": "image ls", "network": "net ls"}
 
 
 class Named(Protocol):
@@ -92,9 +93,5 @@ def find(reference: str, things: Iterable[Thing], kind: str) -> Thing:
             f"'{reference}' fits {len(fitting)} {kind}s", some, "Write the whole name, or more of the id."
         )
     near = difflib.get_close_matches(reference, [thing.name for thing in everything], n=3)
-    hint = (
-        f"Did you mean {' or '.join(near)}?"
-        if near
-        else f"`atoll {'image ls' if kind == 'image' else 'ls'}` lists what there is."
-    )
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"`atoll {_LISTS.get(kind, 'ls')}` lists what there is."
     raise NotFound(f"there is no {kind} '{reference}'", next_step=hint)

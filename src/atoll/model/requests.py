@@ -7,6 +7,7 @@ from msgspec import Struct, field
 
 from atoll.errors import InvalidInput
 from atoll.model.isolation import IsolationLevel
+from atoll.model.network import Mode
 from atoll.model.spec import AcceleratorChoice, Arch, Bus, Firmware, Machine, PortSpec
 
 Request = TypeVar("Request", bound=Struct)
@@ -33,6 +34,27 @@ class DiskRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     bus: Bus | None = None
 
 
+class NicRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A network card."""
+
+    network: str = "user"
+    """A network's name; `user` for one of its own."""
+    address: str | None = None
+    """One of the network's; a free one when None."""
+    mac: str | None = None
+
+
+class NetworkRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A new network. What is None is chosen."""
+
+    name: str
+    mode: Mode = "private"
+    """`private` leads nowhere, `nat` out through this computer."""
+    subnet: str | None = None
+    dns_domain: str | None = None
+    """`NAME.atoll` when None."""
+
+
 class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A new VM. What is None comes from the image, else from Atoll's defaults."""
 
@@ -51,6 +73,8 @@ class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     disks: tuple[DiskRequest, ...] = ()
     ports: tuple[PortSpec, ...] = ()
     network: Literal["user", "none"] = "user"
+    nics: tuple[NicRequest, ...] = ()
+    """Its cards, when it isn't one on a network of its own."""
     restrict_network: bool = False
     mac: str | None = None
     arch: Arch | None = None

@@ -45,14 +45,18 @@ class PortSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A network card on a user-mode network of its own."""
+    """A network card: on a network that VMs share, else on a user-mode network of its own."""
 
     name: str
     mac: str
     model: Literal["virtio", "e1000e", "e1000"] = "virtio"
     ports: tuple[PortSpec, ...] = ()
     restrict: bool = False
-    """No way out to the host or beyond; published ports still work."""
+    """No way out to the host or beyond; published ports still work. Of a user-mode network only."""
+    network: str | None = None
+    """The id of the network that it is on; None for one of its own."""
+    address: str | None = None
+    """Its IPv4 address there, given for as long as it is attached."""
 
 
 class BootSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

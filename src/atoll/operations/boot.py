@@ -12,7 +12,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from atoll.errors import AlreadyExists, EngineFailed, InvalidInput
+from atoll.errors import EngineFailed
 from atoll.host import cgroups, facts, files, user_network
 from atoll.host.launch import launch
 from atoll.host.sandbox import Wanted, own_ids, prepare
@@ -20,10 +20,11 @@ from atoll.host.sockets import connect
 from atoll.layout import VmPaths
 from atoll.model.isolation import Barrier
 from atoll.model.launch import LaunchPlan, UserNetwork
-from atoll.model.spec import Arch, PortSpec, VmSpec
+from atoll.model.spec import Arch, VmSpec
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Run, Vm
-from atoll.operations import observe
+from atoll.operations import networks, observe
+from atoll.operations.check_ports import check_port_free
 from atoll.operations.create import firmware_for
 from atoll.operations.descriptors import hand_over, set_path
 from atoll.operations.guest_settle import leave_word
@@ -85,10 +86,11 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
     if incoming is not None and spec.guest.agent:
         leave_word(paths, time=True)
     for nic in spec.nics:
-        for port in nic.ports:
+        for port in nic.ports if nic.network is None else ():
             check_port_free(vm.name, port)
     jail, isolation = prepare(steps.binary, _wanted(vm, spec, steps))
-    launched = launch(steps, log=paths.qemu_log, jail=jail, strict=spec.isolation == "strict")
+    async with networks.taps(services, vm, spec) as given:
+        launched = launch(steps, log=paths.qemu_log, jail=jail, strict=spec.isolation == "strict", given=given)
     identity = facts.identity_of(launched.pid)
     version = await _greet(vm, spec, incoming, report, paths)
     if identity is None:
@@ -134,30 +136,6 @@ def _prepare(paths: VmPaths, steps: LaunchPlan) -> None:
         with contextlib.suppress(FileNotFoundError):
             log.replace(log.with_name(f"{log.name}.1"))
     files.write_atomically(paths.command_line, (shlex.join([steps.binary, *steps.argv]) + "\n").encode())
-
-
-def check_port_free(name: str, port: PortSpec) -> None:
-    """Tell who is in the way before QEMU fails on it. Raises `AlreadyExists`, `InvalidInput`."""
-    import socket
-
-    kind = socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM
-    with socket.socket(socket.AF_INET, kind) as probe:
-        if port.protocol == "tcp":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((port.host_address, port.host_port))
-        except PermissionError as error:
-            raise InvalidInput(
-                f"{name}: port {port.host_port} can't be published",
-                "ports below 1024 are root's",
-                "Choose a higher one with -p.",
-            ) from error
-        except OSError as error:
-            raise AlreadyExists(
-                f"{name}: port {port.host_port} on {port.host_address} can't be published",
-                error.strerror or str(error),
-                "Choose another with -p, or stop the program that has it.",
-            ) from error
 
 
 async def _greet(vm: Vm, spec: VmSpec, incoming: Incoming | None, report: Report, paths: VmPaths) -> str:

@@ -84,7 +84,7 @@ async def clone(
 
 def own(spec: VmSpec, *, full: bool = False) -> VmSpec:
     """The machine with heads and network addresses of its own; published ports stay with who has them."""
-    nics = tuple(replace(nic, mac=resolve.new_mac(), ports=()) for nic in spec.nics)
+    nics = tuple(replace(nic, mac=resolve.new_mac(), ports=(), address=None) for nic in spec.nics)
     disks = resolve_disks.with_heads(resolve_disks.without_heads(spec.disks))
     if full:
         disks = tuple(replace(disk, layer=None) for disk in disks)

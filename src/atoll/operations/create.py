@@ -26,7 +26,7 @@ from atoll.model.launch import Firmware
 from atoll.model.requests import CreateRequest
 from atoll.model.spec import SeedSpec, VmSpec
 from atoll.model.vm import Vm
-from atoll.operations import heads, resolve
+from atoll.operations import heads, networks, resolve, resolve_nics
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.guest_settle import leave_word
 from atoll.operations.services import Report, Services
@@ -75,6 +75,8 @@ async def _resolved(request: CreateRequest, services: Services) -> NewVm:
     caps = await services.capabilities(resolve.guest_arch(request, image))
     seed = await _seed(request, image)
     spec = resolve.resolve(request, image=image, cdroms=cdroms, caps=caps, host_cpus=os.cpu_count() or 1, seed=seed)
+    if request.nics:
+        spec = resolve_nics.with_nics(spec, request, services.records.networks())
     spec = resolve.with_disk_images(
         spec, request, {d.image: find_image(d.image, everything) for d in request.disks if d.image}
     )
@@ -145,7 +147,8 @@ async def _record(context: Context[NewVm]) -> None:
                     "the image is gone", "another command removed it", "`atoll image ls` lists what there is."
                 )
         if context.services.records.vm(context.subject) is None:
-            context.services.records.add_vm(request.vm)
+            async with networks.addressed(context.services, request.vm) as vm:
+                context.services.records.add_vm(vm)
 
 
 async def _unrecord(context: Context[NewVm]) -> None:
@@ -203,6 +206,7 @@ async def remove_files(context: Context[Any]) -> None:
 
 async def _tell(context: Context[NewVm]) -> None:
     vm = context.request.vm
+    await networks.tell_names(context.services, networks.shared_by(vm.spec))
     context.services.records.add_event("vm.created", vm_id=vm.id, name=vm.name, data={"image": vm.image})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AlreadyExists, AtollError, EngineFailed, InvalidInput, NotFound, TimedOut
+from atoll.errors import AlreadyExists, AtollError, InvalidInput, NotFound
 from atoll.host import disks
 from atoll.host.sandbox import allow_file
 from atoll.model.requests import DiskRequest
@@ -19,7 +19,7 @@ from atoll.model.spec import DiskSpec, VmSpec
 from atoll.model.state import Phase, require
 from atoll.model.units import format_size
 from atoll.model.vm import Change, Vm
-from atoll.operations import observe, resolve_disks
+from atoll.operations import hotplug, observe, resolve_disks
 from atoll.operations.create import IMAGES_LOCK, find_image
 from atoll.operations.descriptors import add_nodes
 from atoll.operations.engine import Context, Step, Verb, perform
@@ -27,11 +27,7 @@ from atoll.operations.power import control
 from atoll.operations.relink import close_nodes, nodes_below
 from atoll.operations.services import Services
 from atoll.qemu import devices
-from atoll.qemu.monitor import Monitor
 from atoll.qemu.plan import disk_nodes, layer_chain
-
-UNPLUG_TIME = 20.0
-"""Seconds that a guest has to let go of a disk."""
 
 
 class AddRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,7 +162,7 @@ async def _attach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
         context.notes["later"] = f"disks on {disk.bus} can't be added while it runs"
         return
     async with control(context.services, context.vm) as monitor:
-        port = await _free_port(monitor)
+        port = await hotplug.free_port(monitor)
         if port is None:
             context.notes["later"] = f"its {devices.HOTPLUG_PORTS} hot-plug ports are used"
             return
@@ -186,22 +182,13 @@ async def _let_grow(vm: Vm, size: int) -> None:
         await allow_file(vm.id, vm.run.pid, size)
 
 
-async def _free_port(monitor: Monitor) -> str | None:
-    """A hot-plug port with nothing in it."""
-    buses: list[dict[str, Any]] = await monitor.execute("query-pci")
-    for device in buses[0]["devices"]:
-        if device.get("qdev_id", "").startswith("hotplug") and not device.get("pci_bridge", {}).get("devices"):
-            return str(device["qdev_id"])
-    return None
-
-
 async def _detach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> None:
     """Unplug the device, then close its nodes, top first. What isn't there is fine."""
     if not _runs(context):
         return
     disk = context.request.disk
     async with control(context.services, context.vm) as monitor:
-        later = await _unplug(monitor, devices.disk_id(disk.name))
+        later = await hotplug.unplug(monitor, devices.disk_id(disk.name))
         if later:
             context.notes["later"] = later
             return
@@ -209,23 +196,6 @@ async def _detach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
         # A plugging that was broken off has no head yet; a disk whose layers were merged has others than are recorded.
         recorded = [devices.node_name(disk.name, layer) for layer in reversed(layer_chain(disk.layer, layers))]
         await close_nodes(monitor, [head, *dict.fromkeys([*await nodes_below(monitor, head), *recorded])])
-
-
-async def _unplug(monitor: Monitor, device: str) -> str:
-    """Returns why it must wait for the next start, or nothing."""
-    async with monitor.events(["DEVICE_DELETED"]) as deleted:
-        try:
-            await monitor.execute("device_del", {"id": device})
-        except EngineFailed as error:
-            if "not found" in error.why:
-                return ""
-            return f"the guest was started with it ({error.why})"
-        try:
-            while (await deleted.next(timeout=UNPLUG_TIME)).get("data", {}).get("device") != device:
-                continue
-        except TimedOut:
-            return "the guest doesn't let go of it"
-    return ""
 
 
 async def _record_added(context: Context[AddRequest]) -> None:

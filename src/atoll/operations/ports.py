@@ -13,11 +13,11 @@ from msgspec.structs import replace
 
 from atoll.errors import AlreadyExists, AtollError, NotFound, Unsupported
 from atoll.host import user_network
-from atoll.model.spec import PortSpec, Protocol, VmSpec
+from atoll.model.spec import NicSpec, PortSpec, Protocol, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
-from atoll.operations import observe, resolve
-from atoll.operations.boot import check_port_free
+from atoll.operations import network_ports, observe, resolve
+from atoll.operations.check_ports import check_port_free
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Services
 
@@ -31,13 +31,24 @@ class PortRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 async def publish(vm: Vm, port: PortSpec, *, services: Services) -> PortSpec:
     """Publish a guest's port now. Raises `AlreadyExists` (with who has it), `Unsupported` without a network."""
     resolve.check_port(port)
-    if not vm.spec.nics:
-        raise Unsupported(
-            f"{vm.name}: it has no network", next_step="Ports need one: create it without --network none."
-        )
-    request = PortRequest(vm_id=vm.id, nic=vm.spec.nics[0].name, port=port)
+    request = PortRequest(vm_id=vm.id, nic=_publishing(vm, services).name, port=port)
     await perform(PUBLISH, request, services=services, subject=vm.id, subject_name=vm.name)
     return port
+
+
+def _publishing(vm: Vm, services: Services) -> NicSpec:
+    """The first card whose ports can be published. Raises `Unsupported`."""
+    leading_out = {network.id for network in services.records.networks() if network.mode == "nat"}
+    for nic in vm.spec.nics:
+        if nic.network is None or nic.network in leading_out:
+            return nic
+    if vm.spec.nics:
+        raise Unsupported(
+            f"{vm.name}: its ports can't be published",
+            "private networks have no way in",
+            f"Attach it to a network of mode nat as well: `atoll net attach {vm.name} NETWORK`.",
+        )
+    raise Unsupported(f"{vm.name}: it has no network", next_step="Ports need one: create it without --network none.")
 
 
 async def unpublish(vm: Vm, host_port: int, *, services: Services, protocol: Protocol = "tcp") -> None:
@@ -86,22 +97,40 @@ async def _unrecord(context: Context[PortRequest]) -> None:
     _put(context, without_port)
 
 
-def _control(context: Context[PortRequest]) -> Path | None:
-    """Where ports are published for its NIC; None while it doesn't run."""
-    if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
-        return None
+def _control(context: Context[PortRequest]) -> Path:
+    """Where ports are published for a card on a user-mode network."""
     return context.services.layout.vm(context.vm.id).network_control(context.request.nic)
 
 
+def _running_nic(context: Context[PortRequest]) -> NicSpec | None:
+    """The card, while the VM runs: its helper has the ports, or its network's uplink."""
+    if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
+        return None
+    return next((nic for nic in context.vm.spec.nics if nic.name == context.request.nic), None)
+
+
 async def _forward(context: Context[PortRequest]) -> None:
-    if (network := _control(context)) is not None:
-        check_port_free(context.vm.name, context.request.port)
-        user_network.publish(network, context.request.port)
+    nic = _running_nic(context)
+    if nic is None:
+        return
+    port = context.request.port
+    check_port_free(context.vm.name, port)
+    if nic.network is None:
+        user_network.publish(_control(context), port)
+        return
+    said = await network_ports.forward(context.services, nic, port, add=True)
+    if said:
+        raise AlreadyExists(f"{context.vm.name}: port {port.host_port} can't be published", said)
 
 
 async def _unforward(context: Context[PortRequest]) -> None:
-    if (network := _control(context)) is not None:
-        user_network.unpublish(network, context.request.port)
+    nic = _running_nic(context)
+    if nic is None:
+        return
+    if nic.network is None:
+        user_network.unpublish(_control(context), context.request.port)
+    else:
+        await network_ports.forward(context.services, nic, context.request.port, add=False)
 
 
 async def _forward_again(context: Context[PortRequest]) -> None:

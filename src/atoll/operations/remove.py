@@ -18,7 +18,7 @@ from atoll.errors import AtollError, from_os_error
 from atoll.host import cgroups, facts, files
 from atoll.model.state import require
 from atoll.model.vm import Vm
-from atoll.operations import observe
+from atoll.operations import networks, observe
 from atoll.operations.collect import collect
 from atoll.operations.create import IMAGES_LOCK
 from atoll.operations.engine import Context, Step, Verb, perform
@@ -100,6 +100,7 @@ async def _forget(context: Context[RemoveRequest]) -> None:
     if vm is not None:
         of_images = {layer for image in records.images() for layer in image.layer_ids}
         own = any(disk.layer not in of_images for disk in vm.spec.disks if disk.layer)
+        context.notes["networks"] = networks.shared_by(vm.spec, vm.pending)
         context.notes["collect"] = own or vm.suspended is not None or bool(records.snapshots(vm.id))
     for node in records.snapshots(context.subject):
         records.remove_snapshot(node.id)
@@ -120,6 +121,7 @@ async def _delete(context: Context[RemoveRequest]) -> None:
     if context.notes.get("collect"):
         async with context.services.lease(IMAGES_LOCK, what="the images"):
             collect(context.services, dry_run=False)
+    await networks.tell_names(context.services, context.notes.get("networks", ()))
     # Who waits for the lock finds the record gone.
     with contextlib.suppress(OSError):
         layout.vm_lock(context.subject).unlink()

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from atoll.model.names import check_vm_name
 from atoll.model.vm import Vm
+from atoll.operations import networks
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Services
 
@@ -38,7 +39,9 @@ async def _rename_back(context: Context[RenameRequest]) -> None:
 
 
 async def _tell(context: Context[RenameRequest]) -> None:
-    request = context.request
+    request, vm = context.request, context.services.records.vm(context.subject)
+    if vm is not None:
+        await networks.tell_names(context.services, networks.shared_by(vm.spec, vm.pending))
     context.services.records.add_event("vm.renamed", vm_id=request.vm_id, name=request.new, data={"old": request.old})
 
 

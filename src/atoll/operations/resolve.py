@@ -25,6 +25,7 @@ from atoll.model.spec import (
     SeedSpec,
     VmSpec,
 )
+from atoll.model.subnets import check_mac
 from atoll.model.units import GIB, MIB, TIB, format_size, parse_size
 from atoll.operations.resolve_disks import all_disks, further_disk, with_heads
 from atoll.qemu import devices
@@ -223,13 +224,7 @@ def _nics(request: CreateRequest) -> tuple[NicSpec, ...]:
         return ()
     for port in request.ports:
         check_port(port)
-    # QEMU takes zeros for no address at all.
-    one_card = r"(?!00(:00){5})[0-9a-f][02468ace](:[0-9a-f]{2}){5}"
-    if request.mac is not None and not re.fullmatch(one_card, request.mac.lower()):
-        raise InvalidInput(
-            f"{shown(request.mac)} isn't a hardware address of one card", next_step="Write it like 52:54:00:12:34:56."
-        )
-    mac = (request.mac or new_mac()).lower()
+    mac = new_mac() if request.mac is None else check_mac(request.mac)
     return (
         NicSpec(
             name="net0",

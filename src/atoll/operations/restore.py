@@ -143,7 +143,8 @@ async def _set_aside(context: Context[RestoreRequest]) -> None:
 def _published(services: Services, vm: Vm) -> Iterator[tuple[Path, PortSpec]]:
     paths = services.layout.vm(vm.id)
     for nic in vm.spec.nics:
-        for port in nic.ports:
+        # Those of a network are its uplink's, and lead to the same address afterwards.
+        for port in nic.ports if nic.network is None else ():
             yield paths.network_control(nic.name), port
 
 

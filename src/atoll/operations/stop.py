@@ -20,7 +20,7 @@ from atoll.host.watch import wait_for_exit
 from atoll.model.operation import Progress
 from atoll.model.state import Phase
 from atoll.model.vm import Exit, Vm
-from atoll.operations import guest_setup, observe, power
+from atoll.operations import guest_setup, network_ports, observe, power
 from atoll.operations.boot import kill, kill_strays, networks_ended
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Report, Services
@@ -124,6 +124,7 @@ async def _record(context: Context[StopRequest]) -> None:
 
     record_stopped(context.services, context.vm, str(context.notes.get("how", "")))
     drop(context.services, context.vm)
+    await network_ports.unpublish_all(context.services, context.vm.spec.nics)
 
 
 def record_stopped(services: Services, vm: Vm, how: str) -> None:

@@ -12,10 +12,20 @@ from atoll.model.backup import Backup, Keep, Pruned, Verified
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.image import Image
+from atoll.model.network import Network, NetworkInfo
 from atoll.model.operation import Operation, Progress
-from atoll.model.requests import BuildRequest, CreateRequest, DiskRequest, ImportRequest, PullRequest, SetRequest
+from atoll.model.requests import (
+    BuildRequest,
+    CreateRequest,
+    DiskRequest,
+    ImportRequest,
+    NetworkRequest,
+    NicRequest,
+    PullRequest,
+    SetRequest,
+)
 from atoll.model.snapshot import HistoryNode, Snapshot
-from atoll.model.spec import DiskSpec, PortSpec
+from atoll.model.spec import DiskSpec, NicSpec, PortSpec
 from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, Stats, Vm, VmInfo
 from atoll.platform.copies import AsyncCopies
 
@@ -129,6 +139,12 @@ class AsyncVm(Protocol):
     async def disk_add(self, request: DiskRequest) -> tuple[DiskSpec, Change]: ...
     async def disk_rm(self, name: str) -> Change: ...
     async def disk_resize(self, name: str, size: str | int) -> Change: ...
+
+    async def net_attach(self, request: NicRequest | str) -> tuple[NicSpec, Change]:
+        """A card on a network, at once where it can be; a name alone is a network's."""
+
+    async def net_detach(self, network: str) -> Change:
+        """Take the card on a network away, at once where the guest lets go of it."""
 
     async def snapshot(
         self,
@@ -244,6 +260,17 @@ class AsyncPools(Protocol):
         """Remove those that wait; returns how many there were."""
 
 
+class AsyncNetworks(Protocol):
+    """Networks that VMs share. They come up when a VM on them starts."""
+
+    async def ls(self) -> list[NetworkInfo]: ...
+    async def show(self, reference: str) -> NetworkInfo: ...
+    async def create(self, request: NetworkRequest | str) -> Network: ...
+
+    async def rm(self, reference: str, *, force: bool = False) -> None:
+        """One that VMs have cards on only with `force`, which takes those away."""
+
+
 class AsyncBackups(Protocol):
     """Folders of backups. A backup is named by its id or the beginning of that, or by its VM, whose newest it is."""
 
@@ -281,6 +308,8 @@ class AsyncHost(Protocol):
     def operations(self) -> AsyncOperations: ...
     @property
     def pools(self) -> AsyncPools: ...
+    @property
+    def networks(self) -> AsyncNetworks: ...
     @property
     def backups(self) -> AsyncBackups: ...
 
@@ -362,4 +391,7 @@ class AsyncHost(Protocol):
         """What recovery did to operations that a killed process had left, told once."""
 
 
-__all__ = ["AsyncBackups", "AsyncHost", "AsyncImages", "AsyncOperations", "AsyncPools", "AsyncVm", "Terminal", "Vm"]
+__all__ = [
+    "AsyncBackups", "AsyncHost", "AsyncImages", "AsyncNetworks", "AsyncOperations", "AsyncPools", "AsyncVm", "Terminal",
+    "Vm",
+]  # fmt: skip

@@ -23,6 +23,7 @@ from atoll.platform.api import (
     AsyncBackups,
     AsyncHost,
     AsyncImages,
+    AsyncNetworks,
     AsyncOperations,
     AsyncPools,
     AsyncVm,
@@ -195,6 +196,8 @@ class Vm(_Handle[AsyncVm]):
     disk_add = _blocking(AsyncVm.disk_add)
     disk_rm = _blocking(AsyncVm.disk_rm)
     disk_resize = _blocking(AsyncVm.disk_resize)
+    net_attach = _blocking(AsyncVm.net_attach)
+    net_detach = _blocking(AsyncVm.net_detach)
     snapshot = _blocking(AsyncVm.snapshot)
     history = _blocking(AsyncVm.history)
     restore = _blocking(AsyncVm.restore)
@@ -283,6 +286,15 @@ class Pools(_Handle[AsyncPools]):
         return Vm(self._calls.wait_for(lambda: self._inner.take(snapshot, name)), self._calls)
 
 
+class Networks(_Handle[AsyncNetworks]):
+    """The networks of a host; see `platform/api.py`."""
+
+    ls = _blocking(AsyncNetworks.ls)
+    show = _blocking(AsyncNetworks.show)
+    create = _blocking(AsyncNetworks.create)
+    rm = _blocking(AsyncNetworks.rm)
+
+
 class Backups(_Handle[AsyncBackups]):
     """Folders of backups; see `platform/api.py`."""
 
@@ -322,6 +334,10 @@ class Host(_Handle[AsyncHost]):
     @property
     def pools(self) -> Pools:
         return Pools(self._inner.pools, self._calls)
+
+    @property
+    def networks(self) -> Networks:
+        return Networks(self._inner.networks, self._calls)
 
     @property
     def backups(self) -> Backups:
@@ -391,4 +407,4 @@ class Host(_Handle[AsyncHost]):
         return self._inner.notices()
 
 
-__all__ = ["Backups", "BlockingTerminal", "Host", "Images", "Operations", "Pools", "Vm"]
+__all__ = ["Backups", "BlockingTerminal", "Host", "Images", "Networks", "Operations", "Pools", "Vm"]

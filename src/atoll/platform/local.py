@@ -14,6 +14,7 @@ from atoll.operations.services import Services
 from atoll.platform.api import BundleFile, Report
 from atoll.platform.copies import AsyncCopies
 from atoll.platform.local_backups import LocalBackups
+from atoll.platform.local_networks import LocalNetworks
 from atoll.platform.local_parts import LocalImages, LocalOperations, LocalPools
 from atoll.platform.local_vm import LocalVm
 
@@ -87,6 +88,10 @@ class LocalHost:
     @property
     def pools(self) -> LocalPools:
         return LocalPools(self._services)
+
+    @property
+    def networks(self) -> LocalNetworks:
+        return LocalNetworks(self._services)
 
     @property
     def backups(self) -> LocalBackups:

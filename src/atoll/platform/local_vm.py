@@ -11,9 +11,9 @@ from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
 from atoll.model.backup import Backup
 from atoll.model.difference import Difference
-from atoll.model.requests import DiskRequest, SetRequest
+from atoll.model.requests import DiskRequest, NicRequest, SetRequest
 from atoll.model.snapshot import HistoryNode, Snapshot
-from atoll.model.spec import DiskSpec, PortSpec
+from atoll.model.spec import DiskSpec, NicSpec, PortSpec
 from atoll.model.state import require
 from atoll.model.vm import Change, ExecRequest, ExecResult, Stats, Vm, VmInfo
 from atoll.operations.services import Services
@@ -246,6 +246,18 @@ class LocalVm:
         from atoll.operations.disk import resize_disk
 
         return await resize_disk(self._record(), name, size, services=self._services)
+
+    async def net_attach(self, request: NicRequest | str) -> tuple[NicSpec, Change]:
+        from atoll.operations.network_nics import attach
+
+        wanted = NicRequest(network=request) if isinstance(request, str) else request
+        return await attach(self._record(), wanted, services=self._services)
+
+    async def net_detach(self, network: str) -> Change:
+        from atoll.operations.network_nics import detach
+        from atoll.operations.networks import find_network
+
+        return await detach(self._record(), find_network(self._services, network), services=self._services)
 
     async def snapshot(
         self,

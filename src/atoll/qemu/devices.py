@@ -183,16 +183,22 @@ def network_descriptor(nic: NicSpec) -> str:
 
 
 def network_backend(nic: NicSpec) -> Properties:
-    """The NIC's far end is a socket that carries a frame in each message; who is behind it isn't QEMU's business."""
-    local = {"type": "fd", "str": f"@fd:{network_descriptor(nic)}@"}
-    return {"type": "dgram", "id": f"net-{nic.name}", "local": local}
+    """What QEMU has of a network is a descriptor; who is behind it isn't its business."""
+    descriptor = f"@fd:{network_descriptor(nic)}@"
+    if nic.network is not None:
+        return {"type": "tap", "id": f"net-{nic.name}", "fd": descriptor}
+    # A socket that carries a frame in each message.
+    return {"type": "dgram", "id": f"net-{nic.name}", "local": {"type": "fd", "str": descriptor}}
 
 
-def network_device(spec: VmSpec, nic: NicSpec) -> Properties:
-    """No option ROM: network boot is asked for by an iPXE image, and the ROM costs time at every boot."""
+def network_device(spec: VmSpec, nic: NicSpec, *, bus: str | None = None) -> Properties:
+    """No option ROM: network boot is asked for by an iPXE image, and the ROM costs time at every boot.
+
+    `bus` is a hot-plug port.
+    """
     device: Properties = {"id": f"nic-{nic.name}", "netdev": f"net-{nic.name}", "mac": nic.mac, "romfile": ""}
     driver = _modern("virtio-net-pci") if nic.model == "virtio" else {"driver": nic.model}
-    return on_root_bus(spec, driver | device)
+    return driver | device | {"bus": bus, "addr": "0x0"} if bus else on_root_bus(spec, driver | device)
 
 
 def channel_names() -> list[str]:

@@ -121,7 +121,7 @@ class _Builder:
             files=tuple(self.files),
             listeners=tuple(self.listeners),
             feeds=(Feed(name="hello", content=b'{"execute":"qmp_capabilities"}\n'),),
-            networks=tuple(self._network_of(nic) for nic in self.spec.nics),
+            networks=tuple(self._network_of(nic) for nic in self.spec.nics if nic.network is None),
             working_folder=str(self.paths.run),
             memory=self.spec.memory + OWN_MEMORY + len(self.spec.disks) * MEMORY_OF_A_DISK,
         )

@@ -19,6 +19,7 @@ _UNFINISHED = ("running", "undoing", "stuck")
 # Rows that name things of a record that is gone: they only keep a port or a name taken.
 _DANGLING = {
     "ports": "vm_id NOT IN (SELECT id FROM vms)",
+    "nics": "vm_id NOT IN (SELECT id FROM vms)",
     "image_names": "image_id NOT IN (SELECT id FROM images)",
 }
 

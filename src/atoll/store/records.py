@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from atoll.model.image import Image, Layer
+from atoll.model.network import Attached, Network
 from atoll.model.operation import Operation
 from atoll.model.snapshot import Snapshot
 from atoll.model.vm import Event, Vm
@@ -125,6 +126,20 @@ class Records(Protocol):
 
     def mend(self) -> None:
         """Mend each flaw that can be mended without loss. Raises `RecordsFailed`, and has changed nothing then."""
+
+    def networks(self) -> list[Network]:
+        """All networks, oldest first."""
+
+    def network(self, network_id: str) -> Network | None: ...
+
+    def add_network(self, network: Network) -> None:
+        """Raises `AlreadyExists` when its name is taken."""
+
+    def remove_network(self, network_id: str) -> None:
+        """Idempotent. Raises `WrongState` while VMs have cards on it."""
+
+    def attached(self, network_id: str | None = None) -> dict[str, list[Attached]]:
+        """The cards on each network, or on one, by the network's id."""
 
     def operations(self, *, unfinished: bool = False, limit: int = 200) -> list[Operation]:
         """The newest first; `unfinished` are those that run, are being undone, or are stuck."""

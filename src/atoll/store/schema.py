@@ -60,4 +60,23 @@ MIGRATIONS: tuple[str, ...] = (
     """
     UPDATE vms SET record = CAST(json_remove(CAST(record AS TEXT), '$.cloned') AS BLOB);
     """,
+    # A card that the running VM has and the next start hasn't, or the other way round, keeps its addresses too.
+    """
+    CREATE TABLE networks (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        created_at REAL NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE nics (
+        vm_id TEXT NOT NULL REFERENCES vms(id) ON DELETE CASCADE,
+        network_id TEXT NOT NULL REFERENCES networks(id),
+        nic TEXT NOT NULL,
+        mac TEXT NOT NULL,
+        address TEXT NOT NULL,
+        PRIMARY KEY (network_id, address),
+        UNIQUE (network_id, mac)
+    ) STRICT;
+    CREATE INDEX nics_by_vm ON nics(vm_id);
+    """,
 )

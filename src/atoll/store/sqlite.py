@@ -15,10 +15,11 @@ import msgspec
 
 from atoll.errors import AlreadyExists, NotFound, RecordsFailed
 from atoll.model.image import Image, Layer
+from atoll.model.network import Attached, Network
 from atoll.model.operation import Operation
 from atoll.model.snapshot import Snapshot
 from atoll.model.vm import Event, Vm
-from atoll.store import examine, history, image_names
+from atoll.store import examine, history, image_names, networks
 from atoll.store.database import Database
 from atoll.store.failures import told
 from atoll.store.records import Flaw, Readable
@@ -73,6 +74,7 @@ class SqliteRecords:
             row = (vm.id, vm.name, vm.created_at, vm.remove_when_stopped, _encode(vm))
             db.execute("INSERT INTO vms VALUES (?, ?, ?, ?, ?)", row)
             self._put_ports(db, vm)
+            networks.put_nics(db, vm)
 
     def put_vm(self, vm: Vm) -> None:
         with self._clashes_told(vm), self._transaction() as db:
@@ -85,6 +87,7 @@ class SqliteRecords:
             raise NotFound(f"the VM '{vm.name}' is gone", "another process removed it")
         db.execute("DELETE FROM ports WHERE vm_id = ?", (vm.id,))
         self._put_ports(db, vm)
+        networks.put_nics(db, vm)
 
     def remove_vm(self, vm_id: str) -> None:
         with self._transaction() as db:
@@ -205,6 +208,29 @@ class SqliteRecords:
     def remove_layers(self, layer_ids: Iterable[str]) -> None:
         with self._transaction() as db:
             db.executemany("DELETE FROM layers WHERE id = ?", [(layer_id,) for layer_id in layer_ids])
+
+    # Networks
+
+    def networks(self) -> list[Network]:
+        with told(self._path):
+            return networks.read(self._rows("SELECT record FROM networks ORDER BY created_at, id"))
+
+    def network(self, network_id: str) -> Network | None:
+        with told(self._path):
+            rows = self._rows("SELECT record FROM networks WHERE id = ?", network_id)
+            return next(iter(networks.read(rows)), None)
+
+    def add_network(self, network: Network) -> None:
+        with self._transaction() as db:
+            networks.add(db, network)
+
+    def remove_network(self, network_id: str) -> None:
+        with self._transaction() as db:
+            networks.remove(db, network_id)
+
+    def attached(self, network_id: str | None = None) -> dict[str, list[Attached]]:
+        with told(self._path):
+            return networks.attached(self._rows(networks.ATTACHED, network_id, network_id))
 
     # For fsck
 

@@ -1,0 +1,195 @@
+"""`net create`, `net ls`, `net show`, `net rm`, `net attach`, `net detach`: networks that VMs share."""
+
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from atoll.cli.change import tell_changes
+from atoll.cli.failures import Format
+from atoll.cli.options import NETWORK, VM
+from atoll.cli.output import age, emit, format_option, print_description, print_table
+from atoll.model.network import Mode, Network, NetworkInfo
+from atoll.model.requests import NetworkRequest, NicRequest
+from atoll.model.spec import NicSpec
+from atoll.model.vm import Change
+
+if TYPE_CHECKING:
+    from atoll.platform.api import AsyncHost
+
+
+@click.group("net")
+def net_command() -> None:
+    """Networks that VMs share: each reaches the others by their names.
+
+    \b
+    Example:
+      atoll net create lab
+      atoll run tiny --name web --network lab
+      atoll run tiny --name db --network lab -- ping -c 1 web
+    """
+
+
+@net_command.command("create")
+@click.argument("name")
+@click.option(
+    "--mode", type=click.Choice(get_args(Mode)), default="private",
+    help="private: leads nowhere (the default); nat: out through this computer, and published ports in.",
+)  # fmt: skip
+@click.option("--subnet", metavar="CIDR", help="Its addresses, such as 10.20.30.0/24 (default: a free one).")
+@click.option("--dns-domain", metavar="DOMAIN", help="VMs are VM.DOMAIN on it (default: NAME.atoll).")
+@format_option
+def create(name: str, format: Format, **options: Any) -> None:
+    """Make a network. It comes up when the first VM on it starts.
+
+    \b
+    Examples:
+      atoll net create lab
+      atoll net create web --mode nat --subnet 10.20.30.0/24 --dns-domain web.example
+    """
+    from atoll.cli.session import perform
+
+    request = NetworkRequest(name=name, **options)
+
+    async def action(host: "AsyncHost") -> Network:
+        return await host.networks.create(request)
+
+    made = perform(action)
+    if format == "table":
+        click.echo(made.name)
+    else:
+        emit(made, format)
+
+
+@net_command.command("ls")
+@click.option("--quiet", "-q", is_flag=True, help="Only names, one a line.")
+@format_option
+def ls(quiet: bool, format: Format) -> None:
+    """List networks, the oldest first.
+
+    \b
+    Example:
+      atoll net ls
+    """
+    from atoll.cli.session import perform
+
+    async def action(host: "AsyncHost") -> list[NetworkInfo]:
+        return await host.networks.ls()
+
+    found = perform(action, cancelled="")
+    if quiet:
+        for each in found:
+            click.echo(each.network.name)
+    elif format != "table":
+        emit(found, format)
+    else:
+        rows = [
+            (
+                each.network.name,
+                each.network.mode,
+                each.network.subnet,
+                "up" if each.up else "down",
+                ", ".join(card.vm for card in each.attached) or "-",
+                age(each.network.created_at),
+            )
+            for each in found
+        ]
+        print_table(("NAME", "MODE", "SUBNET", "STATE", "VMS", "CREATED"), rows)
+
+
+@net_command.command("show")
+@click.argument("network", type=NETWORK)
+@format_option
+def show(network: str, format: Format) -> None:
+    """Tell all about a network, and which VMs are on it under which addresses.
+
+    \b
+    Example:
+      atoll net show lab
+    """
+    from atoll.cli.session import perform
+
+    async def action(host: "AsyncHost") -> NetworkInfo:
+        return await host.networks.show(network)
+
+    found = perform(action, cancelled="")
+    if format != "table":
+        emit(found, format)
+        return
+    cards = [f"{each.vm}.{found.network.domain}  {each.address}  {each.mac}" for each in found.attached]
+    pairs = [
+        ("Name", found.network.name),
+        ("Id", found.network.id),
+        ("Mode", found.network.mode),
+        ("State", "up" if found.up else "down; it comes up when a VM on it starts"),
+        ("Subnet", found.network.subnet),
+        ("Own address", found.network.gateway),
+        ("Domain", found.network.domain),
+        ("VMs", "\n".join(cards)),
+    ]
+    print_description([pair for pair in pairs if pair[1]])
+
+
+@net_command.command("rm")
+@click.argument("networks", nargs=-1, required=True, type=NETWORK, metavar="NETWORK...")
+@click.option("--force", "-f", is_flag=True, help="Also where VMs are on it: detach them.")
+def rm(networks: tuple[str, ...], force: bool) -> None:
+    """Remove networks, with all that they have on this computer.
+
+    \b
+    Example:
+      atoll net rm lab
+    """
+    from atoll.cli.session import perform
+
+    async def action(host: "AsyncHost") -> None:
+        for each in networks:
+            await host.networks.rm(each, force=force)
+
+    perform(action)
+
+
+@net_command.command("attach")
+@click.argument("vm", type=VM)
+@click.argument("network", type=NETWORK)
+@click.option("--address", metavar="IP", help="Its address there (default: a free one).")
+@click.option("--mac", help="The card's hardware address.")
+@format_option
+def attach(vm: str, network: str, address: str | None, mac: str | None, format: Format) -> None:
+    """Give a VM a card on NETWORK, at once where it can be while the VM runs.
+
+    \b
+    Examples:
+      atoll net attach web lab
+      atoll net attach db lab --address 10.213.0.10
+    """
+    from atoll.cli.session import perform
+
+    request = NicRequest(network=network, address=address, mac=mac)
+
+    async def action(host: "AsyncHost") -> tuple[NicSpec, Change]:
+        return await (await host.get(vm)).net_attach(request)
+
+    nic, change = perform(action)
+    if format == "table":
+        tell_changes([change], format)
+    else:
+        emit({"nic": nic, "change": change}, format)
+
+
+@net_command.command("detach")
+@click.argument("vm", type=VM)
+@click.argument("network", type=NETWORK)
+@format_option
+def detach(vm: str, network: str, format: Format) -> None:
+    """Take a VM's card on NETWORK away, at once where the guest lets go of it.
+
+    \b
+    Example:
+      atoll net detach web lab
+    """
+    from atoll.cli.session import perform
+
+    async def action(host: "AsyncHost") -> Change:
+        return await (await host.get(vm)).net_detach(network)
+
+    tell_changes([perform(action)], format)

@@ -1,0 +1,185 @@
+"""A network namespace with a process that holds it, and ways into it. The same for root and for an ordinary user.
+
+The namespace belongs to a user namespace in which whoever made it is root, so a bridge, taps and filters need no
+privilege outside. The holder is a shell of 1.6 MiB; two more start dnsmasq again whenever it ends.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from atoll.errors import NetworkFailed, from_os_error
+from atoll.host import facts, files, process
+from atoll.layout import NetworkPaths
+
+MARK = "atoll-network"
+"""The word before a network's id in its holder's argv."""
+START_TIME = 20.0
+"""Seconds until a namespace has to be ready on a busy computer; it takes some 50 ms."""
+_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+# From the kernel's headers: sched.h, if_tun.h.
+_NEW_USER, _NEW_NET = 0x10000000, 0x40000000
+_SET_INTERFACE, _TAP, _NO_INFORMATION, _OFFLOADS = 0x400454CA, 0x0002, 0x1000, 0x4000
+
+HOLDER = r"""
+cd "$2" || exit
+exec 9<>alive
+echo 1 >/proc/sys/net/ipv4/ip_forward
+ip -batch links && nft -f rules.nft || exit
+trap '' HUP
+again='while :; do setpriv --pdeathsig KILL dnsmasq -d -C "$0"; sleep 1; done'
+for each in dns dhcp; do
+    dnsmasq --test -C $each.conf || exit
+    setpriv --pdeathsig KILL sh -c "$again" "$2/$each.conf" >&2 9>&- &
+done
+echo ready
+exec >&2
+wait
+"""
+"""`alive` is open in it for as long as it lives. SIGHUP to its group makes dnsmasq read the names again; whoever would
+not know what to do with it ignores it. Names and addresses are two processes: else names that DHCP has met stay known
+when their VM is gone.
+"""
+
+
+def holder_of(paths: NetworkPaths) -> facts.ProcessIdentity | None:
+    """The process that holds the network's namespace, if it lives."""
+    try:
+        known = msgspec.json.decode(paths.holder.read_bytes(), type=facts.ProcessIdentity)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return known if facts.is_alive(known) else None
+
+
+async def hold(network_id: str, paths: NetworkPaths) -> facts.ProcessIdentity:
+    """Make the namespace, with what the files in `paths` say in it. Raises `NetworkFailed`, `MissingTool`."""
+    end(network_id, paths)
+    ready, told = os.pipe()
+    try:
+        holder = _start(network_id, paths, told)
+        identity = facts.identity_of(holder)
+        if identity is not None:
+            files.write_atomically(paths.holder, msgspec.json.encode(identity))
+        if identity is None or not await says(ready, b"ready", START_TIME):
+            end(network_id, paths)
+            raise NetworkFailed("a network can't be brought up", last_line(paths.log), "Run `atoll doctor`.")
+        return identity
+    finally:
+        os.close(ready)
+
+
+def _start(network_id: str, paths: NetworkPaths, told: int) -> int:
+    """The holder's pid: `unshare` becomes the shell. It has `told` as its standard output."""
+    argv = [process.find("unshare"), "--user", "--map-root-user", "--net", "--"]
+    argv += [process.find("sh"), "-c", HOLDER, MARK, network_id, str(paths.run)]
+    try:
+        with paths.log.open("ab") as log:
+            holder = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=told,
+                stderr=log,
+                env={**os.environ, "PATH": _PATH},
+                cwd="/",
+                start_new_session=True,
+            )
+    finally:
+        os.close(told)
+    return holder.pid
+
+
+async def says(descriptor: int, word: bytes, seconds: float) -> bool:
+    """Whether the other end of a pipe says this before it is closed, in time."""
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, readable.set)
+    try:
+        await asyncio.wait_for(readable.wait(), seconds)
+        return os.read(descriptor, 16).startswith(word)
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def last_line(log: Path) -> str:
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "its holder said nothing"
+    return "its holder said nothing"
+
+
+def end(network_id: str, paths: NetworkPaths) -> None:
+    """End the holder, also one that a killed command has left unrecorded. dnsmasq and the uplink end with it."""
+    for pid in facts.scan_for(network_id, after=MARK):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    paths.holder.unlink(missing_ok=True)
+
+
+def entered(holder: int, *, net: bool = True) -> list[str]:
+    """What runs a program in the namespace; without `net` only in the user namespace that it belongs to."""
+    kinds = ["--user", "--preserve-credentials", *(["--net"] if net else [])]
+    return [process.find("nsenter"), *kinds, f"--target={holder}", "--"]
+
+
+async def run(holder: int, *argv: str, stdin: str = "") -> process.Finished:
+    """Run a program in the namespace to its end. Raises `ProcessFailed`."""
+    return await process.run([*entered(holder), *argv], stdin=stdin.encode(), env={"PATH": _PATH})
+
+
+def open_tap(holder: int, name: str) -> int:
+    """A descriptor of a new tap in the namespace. The tap goes when its last descriptor is closed.
+
+    Entering a user namespace takes a process with one thread, so a child does it: a fork takes 2 ms, where starting
+    another Python takes 30. Raises `NetworkFailed`.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with warnings.catch_warnings():
+            # Newer Pythons warn when other threads are there; the child only makes system calls.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            _open_tap_and_exit(libc, holder, name, theirs)
+        theirs.close()
+        message, descriptors, _, _ = socket.recv_fds(ours, 256, 1)
+        os.waitpid(child, 0)
+    except OSError as error:
+        raise from_os_error(error, "make a network tap") from error
+    finally:
+        ours.close()
+        theirs.close()
+    if not descriptors:
+        raise NetworkFailed("a network tap can't be made", message.decode(errors="replace") or "the kernel refuses it")
+    return descriptors[0]
+
+
+def _open_tap_and_exit(libc: Any, holder: int, name: str, answer: socket.socket) -> None:
+    """In the child: say no more than is needed, and never return."""
+    import fcntl
+    import struct
+
+    try:
+        spaces = [(os.open(f"/proc/{holder}/ns/{kind}", os.O_RDONLY), kind) for kind in ("user", "net")]
+        for descriptor, kind in spaces:
+            if libc.setns(descriptor, _NEW_USER if kind == "user" else _NEW_NET) != 0:
+                raise OSError(0, f"the {kind} namespace can't be entered")
+        tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        fcntl.ioctl(tap, _SET_INTERFACE, struct.pack("16sH22x", name.encode(), _TAP | _NO_INFORMATION | _OFFLOADS))
+        socket.send_fds(answer, [b"tap"], [tap])
+    except BaseException as error:
+        with contextlib.suppress(BaseException):
+            answer.send(str(error).encode()[:250])
+    finally:
+        os._exit(0)

@@ -1,0 +1,98 @@
+"""A network on this computer: brought up when it isn't there, with the taps of its VMs, and taken down.
+
+    user + network namespace     br0 ── tap of each VM       dnsmasq: names, addresses
+    (held by a shell)             │
+                                 up0 ── slirp4netns (mode nat), in this computer's network
+
+Callers hold the network's lock. Whatever is killed on the way, `ensure` makes the rest and `end` takes all of it.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+from collections.abc import Sequence
+
+from atoll.host import files, namespace, network_text, uplink
+from atoll.host.network_text import Port
+from atoll.layout import NetworkPaths
+from atoll.model.network import Attached, Network
+
+
+def is_up(paths: NetworkPaths) -> bool:
+    return namespace.holder_of(paths) is not None
+
+
+async def ensure(network: Network, paths: NetworkPaths, attached: Sequence[Attached]) -> int:
+    """Bring the network up where it isn't; returns its holder's pid. Raises `NetworkFailed`, `MissingTool`."""
+    holder = namespace.holder_of(paths)
+    if holder is None:
+        _write_all(network, paths, attached)
+        holder = await namespace.hold(network.id, paths)
+    else:
+        tell_names(network, paths, attached)
+    if network.mode == "nat":
+        await uplink.ensure(paths, holder.pid)
+    return holder.pid
+
+
+def _write_all(network: Network, paths: NetworkPaths, attached: Sequence[Attached]) -> None:
+    files.make_folder(paths.run)
+    with contextlib.suppress(FileExistsError):
+        os.mkfifo(paths.alive, 0o600)
+    with contextlib.suppress(FileNotFoundError):
+        paths.log.replace(paths.log.with_name("log.1"))
+    dns = uplink.DNS if network.mode == "nat" else None
+    texts = {
+        paths.links: network_text.links(network),
+        paths.rules: network_text.rules(network),
+        paths.hosts: network_text.hosts(network, attached),
+        paths.leases: network_text.leases(attached),
+        paths.dns: network_text.dns(network, hosts=str(paths.hosts), upstream=dns),
+        paths.dhcp: network_text.dhcp(network, leases=str(paths.leases)),
+    }
+    for path, text in texts.items():
+        path.write_text(text)
+
+
+def tell_names(network: Network, paths: NetworkPaths, attached: Sequence[Attached]) -> None:
+    """Let a network that is up know which VMs there are, under which names."""
+    texts = {paths.hosts: network_text.hosts(network, attached), paths.leases: network_text.leases(attached)}
+    holder = namespace.holder_of(paths)
+    if holder is None or all(path.exists() and path.read_text() == text for path, text in texts.items()):
+        return
+    for path, text in texts.items():
+        files.write_atomically(path, text.encode())
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(holder.pid, signal.SIGHUP)
+
+
+async def add_tap(holder: int, mac: str, address: str) -> int:
+    """A tap on the bridge, guarded, as an open descriptor: it goes with that. Raises `NetworkFailed`, `ProcessFailed`.
+
+    Its name is never given again, so that guards of a tap that is gone let nobody in.
+    """
+    port = Port(tap=f"t{secrets.token_hex(6)}", mac=mac, address=address)
+    descriptor = namespace.open_tap(holder, port.tap)
+    try:
+        script = f"ip -batch - && ip -j link show master {network_text.BRIDGE}"
+        shown = await namespace.run(holder, "sh", "-c", script, stdin=network_text.joined(port))
+        await namespace.run(holder, "nft", "-f", "-", stdin=network_text.guards(network_text.ports_of(shown.stdout)))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+async def taps(holder: int) -> list[Port]:
+    """Those of VMs that run."""
+    shown = await namespace.run(holder, "ip", "-j", "link", "show", "master", network_text.BRIDGE)
+    return network_text.ports_of(shown.stdout)
+
+
+def end(network_id: str, paths: NetworkPaths) -> None:
+    """Take it all away; idempotent."""
+    import shutil
+
+    namespace.end(network_id, paths)
+    shutil.rmtree(paths.run, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""What `ip`, nft and dnsmasq are told for a network, as text. Pure: golden files check it."""
+
+import json
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from atoll.model.network import Attached, Network
+
+BRIDGE, UPLINK = "br0", "up0"
+LEASE_TIME = "1h"
+
+
+class Port(Struct, frozen=True, kw_only=True):
+    """A tap on the bridge, and what may come out of it."""
+
+    tap: str
+    mac: str
+    address: str
+
+
+def links(network: Network) -> str:
+    """For `ip -batch`: the bridge, with the network's own address. No VM may be a part of a spanning tree."""
+    prefix = network.subnet.partition("/")[2]
+    return f"""link set lo up
+link add {BRIDGE} type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+addr add {network.gateway}/{prefix} dev {BRIDGE}
+link set {BRIDGE} up
+"""
+
+
+def rules(network: Network) -> str:
+    """For nft: what may reach the network itself, and what may go through it.
+
+    From VM to VM goes here only where somebody (Docker does) has loaded br_netfilter.
+    """
+    return f"""table inet atoll {{
+    chain input {{
+        type filter hook input priority filter; policy drop;
+        iifname != "{BRIDGE}" accept
+        ip protocol icmp accept
+        meta l4proto {{ tcp, udp }} th dport 53 accept
+        udp dport 67 accept
+    }}
+    chain forward {{
+        type filter hook forward priority filter; policy drop;
+        ct state established,related accept
+        iifname "{BRIDGE}" oifname "{BRIDGE}" accept
+        iifname "{BRIDGE}" oifname "{UPLINK}" ip saddr {network.subnet} accept
+        iifname "{UPLINK}" oifname "{BRIDGE}" ip daddr {network.subnet} accept
+    }}
+    chain out {{
+        type nat hook postrouting priority srcnat;
+        oifname "{UPLINK}" masquerade
+    }}
+}}
+{guards([])}"""
+
+
+def guards(ports: Sequence[Port]) -> str:
+    """For nft: the table that lets out of each tap only what its card may say. It takes the place of the one before.
+
+    What isn't IPv4 or ARP isn't let through. A guest can't answer for DHCP.
+    """
+    macs = ", ".join(f'"{port.tap}" . {port.mac}' for port in ports)
+    addresses = ", ".join(f'"{port.tap}" . {port.mac} . {port.address}' for port in ports)
+    return f"""table bridge atoll
+delete table bridge atoll
+table bridge atoll {{
+    set macs {{
+        type ifname . ether_addr
+        {f"elements = {{ {macs} }}" if macs else ""}
+    }}
+    set addresses {{
+        type ifname . ether_addr . ipv4_addr
+        {f"elements = {{ {addresses} }}" if addresses else ""}
+    }}
+    chain from_guests {{
+        type filter hook prerouting priority -300; policy drop;
+        iifname . ether saddr != @macs drop
+        ether type arp iifname . arp saddr ether . arp saddr ip @addresses accept
+        ether type ip udp sport 67 drop
+        ether type ip ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
+        ether type ip iifname . ether saddr . ip saddr @addresses accept
+    }}
+}}
+"""
+
+
+def joined(port: Port) -> str:
+    """For `ip -batch`: a tap on the bridge. Its alias says what its card may say, so that the guards can be made anew
+    from what is there.
+    """
+    return f"""link set {port.tap} alias {port.mac}/{port.address}
+link set {port.tap} master {BRIDGE} up
+"""
+
+
+def ports_of(shown: bytes) -> list[Port]:
+    """The taps on the bridge, from `ip -j link show master br0`."""
+    found = []
+    for link in json.loads(shown or b"[]"):
+        mac, _, address = link.get("ifalias", "").partition("/")
+        if address:
+            found.append(Port(tap=link["ifname"], mac=mac, address=address))
+    return found
+
+
+_BOTH = f"""interface={BRIDGE}
+bind-interfaces
+"""
+
+
+def dns(network: Network, *, hosts: str, upstream: str | None) -> str:
+    """For the dnsmasq that knows names. `upstream` knows those of the world; names of the network never go there."""
+    return f"""{_BOTH}no-hosts
+no-resolv
+addn-hosts={hosts}
+local=/{network.domain}/
+domain-needed
+{f"server={upstream}" if upstream else ""}
+"""
+
+
+def dhcp(network: Network, *, leases: str) -> str:
+    """For the dnsmasq that gives each card its address. A private network has no way out to tell of."""
+    return f"""{_BOTH}port=0
+quiet-dhcp
+no-ping
+leasefile-ro
+dhcp-authoritative
+dhcp-range={network.subnet.partition("/")[0]},static,{_mask(network)},{LEASE_TIME}
+dhcp-hostsfile={leases}
+domain={network.domain}
+dhcp-option=option:dns-server,{network.gateway}
+dhcp-option=option:domain-search,{network.domain}
+{"dhcp-option=option:router" if network.mode == "private" else ""}
+"""
+
+
+def _mask(network: Network) -> str:
+    bits = 0xFFFFFFFF << (32 - int(network.subnet.partition("/")[2])) & 0xFFFFFFFF
+    return ".".join(str(bits >> shift & 0xFF) for shift in (24, 16, 8, 0))
+
+
+def hosts(network: Network, attached: Sequence[Attached]) -> str:
+    """For dnsmasq's DNS: each VM by its name and by that with the domain."""
+    return "".join(f"{each.address} {each.vm} {each.vm}.{network.domain}\n" for each in attached)
+
+
+def leases(attached: Sequence[Attached]) -> str:
+    """For dnsmasq's DHCP: nobody else gets an address."""
+    return "".join(f"{each.mac},{each.address}\n" for each in attached)

@@ -1,0 +1,44 @@
+"""A network that VMs share: its record. Every command reads it, so nothing slow is imported here."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+Mode = Literal["private", "nat"]
+RESERVED_NAMES = frozenset({"user", "none"})
+"""What `--network` means otherwise."""
+
+
+class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A network as it is recorded. Whether it is up isn't here: that is observed."""
+
+    id: str
+    name: str
+    mode: Mode
+    subnet: str
+    """`10.213.0.0/24`."""
+    domain: str
+    """Every VM is called NAME and NAME.DOMAIN."""
+    created_at: float
+
+    gateway: str
+    """The network's own address: it answers for names, hands out addresses and, in mode nat, leads out."""
+
+
+class Attached(Struct, frozen=True, kw_only=True):
+    """A VM's card on a network."""
+
+    vm_id: str
+    vm: str
+    nic: str
+    mac: str
+    address: str
+
+
+class NetworkInfo(Struct, frozen=True, kw_only=True):
+    """A network as `net ls` and `net show` tell it."""
+
+    network: Network
+    up: bool
+    """It is there on this computer. It comes up by itself when a VM on it starts."""
+    attached: tuple[Attached, ...] = ()

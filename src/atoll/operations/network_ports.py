@@ -1,0 +1,48 @@
+"""Published ports of cards on networks: the network's uplink has them, not QEMU."""
+
+import contextlib
+
+from atoll.errors import AlreadyExists, NetworkFailed
+from atoll.host import uplink
+from atoll.layout import NetworkPaths
+from atoll.model.spec import NicSpec, PortSpec
+from atoll.operations.check_ports import check_port_free
+from atoll.operations.services import Services
+
+
+async def publish_all(paths: NetworkPaths, vm_name: str, nic: NicSpec) -> None:
+    """Exactly the card's ports, at its start. Those of a run that ended by itself may be there still."""
+    assert nic.address is not None
+    there = [port for _, address, port in await uplink.published(paths) if address == nic.address]
+    for port in there:
+        if port not in nic.ports:
+            await uplink.unpublish(paths, nic.address, port)
+    for port in nic.ports:
+        if port not in there:
+            check_port_free(vm_name, port)
+            await uplink.publish(paths, nic.address, port)
+
+
+async def unpublish_all(services: Services, nics: tuple[NicSpec, ...]) -> None:
+    """What has ended answers on no port."""
+    for nic in nics:
+        if nic.network is not None and nic.ports:
+            for port in nic.ports:
+                await forward(services, nic, port, add=False)
+
+
+async def forward(services: Services, nic: NicSpec, port: PortSpec, *, add: bool) -> str:
+    """Publish a port, or take it back; returns what stands against it. On a network that is down there is none."""
+    assert nic.network is not None and nic.address is not None
+    paths = services.layout.network(nic.network)
+    if add:
+        try:
+            await uplink.publish(paths, nic.address, port)
+        except AlreadyExists as error:
+            return error.why
+        except (OSError, NetworkFailed) as error:
+            return f"the network's uplink doesn't answer ({error})"
+        return ""
+    with contextlib.suppress(OSError, NetworkFailed):
+        await uplink.unpublish(paths, nic.address, port)
+    return ""

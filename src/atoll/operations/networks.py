@@ -1,0 +1,139 @@
+"""Networks as operations on VMs need them: addresses for cards, taps for a QEMU that starts, names after a change."""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterable
+
+from msgspec.structs import replace
+
+from atoll.errors import NotFound
+from atoll.model.names import find
+from atoll.model.network import Network, NetworkInfo
+from atoll.model.spec import NicSpec, VmSpec
+from atoll.model.vm import Vm
+from atoll.operations.services import Services
+
+# What touches the kernel is imported where it is used: most VMs are on no network that they share.
+
+
+def find_network(services: Services, reference: str) -> Network:
+    """By name, id, or unique prefix of either. Raises `NotFound`."""
+    return find(reference, services.records.networks(), "network")
+
+
+def network_of(services: Services, network_id: str) -> Network:
+    network = services.records.network(network_id)
+    if network is None:
+        raise NotFound("the network is gone", "it was removed", "`atoll net ls` lists those that there are.")
+    return network
+
+
+def list_networks(services: Services) -> list[NetworkInfo]:
+    from atoll.host.network import is_up
+
+    attached = services.records.attached()
+    return [
+        NetworkInfo(
+            network=network,
+            up=is_up(services.layout.network(network.id)),
+            attached=tuple(attached.get(network.id, ())),
+        )
+        for network in services.records.networks()
+    ]
+
+
+def lock_of(network_id: str) -> str:
+    """Held while addresses are chosen and while the network is changed on this computer: never for long."""
+    return f"network-{network_id}"
+
+
+def shared_by(*specs: VmSpec | None) -> list[str]:
+    """The ids of the networks that a machine has cards on, sorted."""
+    return sorted({nic.network for spec in specs if spec is not None for nic in spec.nics if nic.network is not None})
+
+
+@contextlib.asynccontextmanager
+async def locked(services: Services, network_ids: Iterable[str]) -> AsyncIterator[None]:
+    """In the order of the ids, so that two of us never wait for each other."""
+    async with contextlib.AsyncExitStack() as stack:
+        for each in sorted(network_ids):
+            await stack.enter_async_context(services.lease(lock_of(each), what="the network"))
+        yield
+
+
+@contextlib.asynccontextmanager
+async def addressed(services: Services, vm: Vm) -> AsyncIterator[Vm]:
+    """The VM with an address for each of its cards on a network; to be recorded before this is left.
+
+    Raises `NotFound` when a network is gone, `AlreadyExists` when one is full.
+    """
+    from atoll.model.subnets import free_address
+
+    async with locked(services, shared_by(vm.spec)):
+        nics = []
+        for nic in vm.spec.nics:
+            if nic.network is not None and nic.address is None:
+                taken = {each.address for each in services.records.attached(nic.network).get(nic.network, ())}
+                taken |= {other.address for other in vm.spec.nics if other.address and other.network == nic.network}
+                nic = replace(nic, address=free_address(network_of(services, nic.network), taken))
+            nics.append(nic)
+        yield replace(vm, spec=replace(vm.spec, nics=tuple(nics)))
+
+
+def without_addresses(nics: Iterable[NicSpec]) -> tuple[NicSpec, ...]:
+    """The cards of a copy: on the same networks, with addresses of their own once it is recorded."""
+    return tuple(replace(nic, address=None) for nic in nics)
+
+
+def known_here(services: Services, nics: Iterable[NicSpec]) -> tuple[NicSpec, ...]:
+    """The cards of a machine from elsewhere: on a network that isn't here each has one of its own."""
+    here = {network.id for network in services.records.networks()}
+    return tuple(replace(nic, address=None, network=nic.network if nic.network in here else None) for nic in nics)
+
+
+@contextlib.asynccontextmanager
+async def taps(services: Services, vm: Vm, spec: VmSpec) -> AsyncIterator[dict[str, int]]:
+    """Open taps for the machine's cards on networks, by descriptor's name; they are closed here when this is left.
+
+    The networks are brought up where they aren't, and the published ports with them. Raises `NetworkFailed`,
+    `AlreadyExists` (a port).
+    """
+    given: dict[str, int] = {}
+    try:
+        for nic in spec.nics:
+            if nic.network is not None:
+                given[f"nic-{nic.name}"] = await tap_for(services, vm, nic)
+        yield given
+    finally:
+        for descriptor in given.values():
+            os.close(descriptor)
+
+
+async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
+    """A tap for one card: a descriptor that the caller closes."""
+    from atoll.host import network as world
+    from atoll.operations import network_ports
+
+    assert nic.network is not None and nic.address is not None
+    async with locked(services, [nic.network]):
+        network = network_of(services, nic.network)
+        paths = services.layout.network(network.id)
+        holder = await world.ensure(network, paths, services.records.attached(network.id).get(network.id, ()))
+        if network.mode == "nat":
+            await network_ports.publish_all(paths, vm.name, nic)
+        return await world.add_tap(holder, nic.mac, nic.address)
+
+
+async def tell_names(services: Services, network_ids: Iterable[str]) -> None:
+    """After VMs came, went or were renamed: let the networks that are up know."""
+    ids = sorted(set(network_ids))
+    if not ids:
+        return
+    from atoll.host import network as world
+
+    for each in ids:
+        async with locked(services, [each]):
+            network = services.records.network(each)
+            if network is not None:
+                attached = services.records.attached(each).get(each, ())
+                world.tell_names(network, services.layout.network(each), attached)

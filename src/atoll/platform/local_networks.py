@@ -1,0 +1,35 @@
+"""The networks of this machine."""
+
+from atoll.model.network import Network, NetworkInfo
+from atoll.model.requests import NetworkRequest
+from atoll.operations.services import Services
+
+
+class LocalNetworks:
+    """The networks of this machine."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def ls(self) -> list[NetworkInfo]:
+        from atoll.operations.networks import list_networks
+
+        return list_networks(self._services)
+
+    async def show(self, reference: str) -> NetworkInfo:
+        from atoll.operations.networks import find_network
+
+        wanted = find_network(self._services, reference)
+        return next(info for info in await self.ls() if info.network.id == wanted.id)
+
+    async def create(self, request: NetworkRequest | str) -> Network:
+        from atoll.operations.network import create
+
+        wanted = NetworkRequest(name=request) if isinstance(request, str) else request
+        return await create(wanted, services=self._services)
+
+    async def rm(self, reference: str, *, force: bool = False) -> None:
+        from atoll.operations.network import remove
+        from atoll.operations.networks import find_network
+
+        await remove(find_network(self._services, reference), services=self._services, force=force)
