@@ -86,22 +86,24 @@ async def _unrecord(context: Context[PortRequest]) -> None:
     _put(context, without_port)
 
 
-def _control(context: Context[PortRequest]) -> Path | None:
-    """Where ports are published for its NIC; None while it doesn't run."""
-    if observe.phase_of(context.services, context.vm) not in (Phase.RUNNING, Phase.PAUSED):
+def _running_nic(context: Context[PortRequest]) -> tuple[Path, bool] | None:
+    """Where ports are published for its NIC, and whether that has a way out; None while it doesn't run."""
+    vm, wanted = context.vm, context.request.nic
+    if observe.phase_of(context.services, vm) not in (Phase.RUNNING, Phase.PAUSED):
         return None
-    return context.services.layout.vm(context.vm.id).network_control(context.request.nic)
+    restrict = any(nic.restrict for nic in vm.spec.nics if nic.name == wanted)
+    return context.services.layout.vm(vm.id).network_control(wanted), restrict
 
 
 async def _forward(context: Context[PortRequest]) -> None:
-    if (network := _control(context)) is not None:
+    if (found := _running_nic(context)) is not None:
         check_port_free(context.vm.name, context.request.port)
-        user_network.publish(network, context.request.port)
+        user_network.publish(found[0], context.request.port, restrict=found[1])
 
 
 async def _unforward(context: Context[PortRequest]) -> None:
-    if (network := _control(context)) is not None:
-        user_network.unpublish(network, context.request.port)
+    if (found := _running_nic(context)) is not None:
+        user_network.unpublish(found[0], context.request.port, restrict=found[1])
 
 
 async def _forward_again(context: Context[PortRequest]) -> None:
