@@ -33,39 +33,51 @@ def hello() -> bytes:
     return ethernet(struct.pack(">HHBBH", 1, IPV4, 6, 4, 1) + parts, ARP, to=b"\xff" * 6)
 
 
-def ipv4(to: str, protocol: int, payload: bytes, *, options: bytes = b"") -> bytes:
+def ipv4(to: str, protocol: int, payload: bytes, *, options: bytes = b"", fragment: int = 0) -> bytes:
     length = 20 + len(options)
     addresses = socket.inet_aton(GUEST) + socket.inet_aton(to)
-    start = struct.pack(">BBHHHBB", 0x40 | length // 4, 0, length + len(payload), 1, 0, 64, protocol)
+    start = struct.pack(">BBHHHBB", 0x40 | length // 4, 0, length + len(payload), 1, fragment, 64, protocol)
     header = start + struct.pack(">H", checksum(start + bytes(2) + addresses + options)) + addresses + options
     return ethernet(header + payload, IPV4)
 
 
-def opening(to: str, port: int, *, options: bytes = b"") -> bytes:
-    """The first segment of a TCP connection."""
+def segment(to: str, port: int, *, flags: int = SYN, options: bytes = b"", fragment: int = 0) -> bytes:
+    """Of TCP; the first of a connection unless other flags are given."""
     pseudo = socket.inet_aton(GUEST) + socket.inet_aton(to) + struct.pack(">BBH", 0, TCP, 20)
-    return ipv4(to, TCP, _opening(pseudo, port), options=options)
+    return ipv4(to, TCP, _segment(pseudo, port, flags), options=options, fragment=fragment)
 
 
-def opening6(to: str, port: int) -> bytes:
+def ipv6(to: str, protocol: int, payload: bytes) -> bytes:
     addresses = socket.inet_pton(socket.AF_INET6, GUEST6) + socket.inet_pton(socket.AF_INET6, to)
-    segment = _opening(addresses + struct.pack(">II", 20, TCP), port)
-    return ethernet(struct.pack(">IHBB", 6 << 28, len(segment), TCP, 64) + addresses + segment, IPV6)
+    return ethernet(struct.pack(">IHBB", 6 << 28, len(payload), protocol, 64) + addresses + payload, IPV6)
+
+
+def segment6(to: str, port: int) -> bytes:
+    addresses = socket.inet_pton(socket.AF_INET6, GUEST6) + socket.inet_pton(socket.AF_INET6, to)
+    return ipv6(to, TCP, _segment(addresses + struct.pack(">II", 20, TCP), port, SYN))
 
 
 _source = 4000
 
 
-def _opening(pseudo_header: bytes, port: int) -> bytes:
+def _segment(pseudo_header: bytes, port: int, flags: int) -> bytes:
     global _source
     _source += 1
-    segment = struct.pack(">HHIIBBHHH", _source, port, 1000, 0, 0x50, SYN, 65535, 0, 0)
-    return segment[:16] + struct.pack(">H", checksum(pseudo_header + segment)) + segment[18:]
+    content = struct.pack(">HHIIBBHHH", _source, port, 1000, 0, 0x50, flags, 65535, 0, 0)
+    return content[:16] + struct.pack(">H", checksum(pseudo_header + content)) + content[18:]
 
 
-def datagram(to: str, port: int, content: bytes) -> bytes:
-    # Without a checksum, which UDP allows.
-    return ipv4(to, UDP, struct.pack(">HHHH", 4000, port, 8 + len(content), 0) + content)
+def datagram(to: str, port: int, content: bytes = b"?", *, source: int = 4000, fragment: int = 0) -> bytes:
+    # Without a checksum, which UDP over IPv4 allows.
+    udp = struct.pack(">HHHH", source, port, 8 + len(content), 0) + content
+    return ipv4(to, UDP, udp, fragment=fragment)
+
+
+def datagram6(to: str, port: int, content: bytes = b"?") -> bytes:
+    addresses = socket.inet_pton(socket.AF_INET6, GUEST6) + socket.inet_pton(socket.AF_INET6, to)
+    udp = struct.pack(">HHHH", 4000, port, 8 + len(content), 0) + content
+    sum = checksum(addresses + struct.pack(">II", len(udp), UDP) + udp)
+    return ipv6(to, UDP, udp[:6] + struct.pack(">H", sum) + udp[8:])
 
 
 def tcp_flags(frame: bytes) -> int:

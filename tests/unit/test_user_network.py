@@ -83,17 +83,17 @@ def own_address() -> str:
 
 
 LOOPBACK: dict[str, tuple[str, Callable[[int], bytes]]] = {
-    "by its name of slirp": ("127.0.0.1", lambda port: frames.opening("10.0.2.2", port)),
-    "by broadcast": ("127.0.0.1", lambda port: frames.opening("255.255.255.255", port)),
-    "named": ("127.0.0.1", lambda port: frames.opening("127.0.0.1", port)),
-    "named, behind options": ("127.0.0.1", lambda port: frames.opening("127.0.0.1", port, options=b"\x01" * 4)),
-    "another of its addresses": ("127.0.0.9", lambda port: frames.opening("127.0.0.9", port)),
-    "unspecified": ("127.0.0.1", lambda port: frames.opening("0.0.0.0", port)),
-    "of IPv6": ("::1", lambda port: frames.opening6("::1", port)),
-    "of IPv6, unspecified": ("::1", lambda port: frames.opening6("::", port)),
-    "mapped into IPv6": ("127.0.0.1", lambda port: frames.opening6("::ffff:127.0.0.1", port)),
+    "by its name of slirp": ("127.0.0.1", lambda port: frames.segment("10.0.2.2", port)),
+    "by broadcast": ("127.0.0.1", lambda port: frames.segment("255.255.255.255", port)),
+    "named": ("127.0.0.1", lambda port: frames.segment("127.0.0.1", port)),
+    "named, behind options": ("127.0.0.1", lambda port: frames.segment("127.0.0.1", port, options=b"\x01" * 4)),
+    "another of its addresses": ("127.0.0.9", lambda port: frames.segment("127.0.0.9", port)),
+    "unspecified": ("127.0.0.1", lambda port: frames.segment("0.0.0.0", port)),
+    "of IPv6": ("::1", lambda port: frames.segment6("::1", port)),
+    "of IPv6, unspecified": ("::1", lambda port: frames.segment6("::", port)),
+    "mapped into IPv6": ("127.0.0.1", lambda port: frames.segment6("::ffff:127.0.0.1", port)),
 }
-OPEN_TO_SLIRP_ITSELF = {"named", "another of its addresses", "unspecified", "of IPv6", "mapped into IPv6"}
+CLOSED_BY_SLIRP_ITSELF = {"of IPv6, unspecified"}
 
 
 @pytest.mark.parametrize("way", LOOPBACK)
@@ -103,10 +103,10 @@ def test_a_guest_reaches_the_hosts_loopback_in_no_way(network: UserNetwork, way:
         assert not is_reached(listening, link, make)
 
 
-@pytest.mark.parametrize("way", sorted(OPEN_TO_SLIRP_ITSELF))
+@pytest.mark.parametrize("way", sorted(set(LOOPBACK) - CLOSED_BY_SLIRP_ITSELF))
 def test_without_the_filter_it_would(network: UserNetwork, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the test above would prove nothing."""
-    monkeypatch.setattr(frame_filter, "guard", lambda pid: None)
+    monkeypatch.setattr(frame_filter, "guard", lambda *_, **__: None)
     address, make = LOOPBACK[way]
     with opened(network) as link, server(address) as listening:
         assert is_reached(listening, link, make)
@@ -115,15 +115,15 @@ def test_without_the_filter_it_would(network: UserNetwork, way: str, monkeypatch
 def test_a_guest_reaches_the_hosts_other_addresses(network: UserNetwork) -> None:
     address = own_address()
     with opened(network) as link, server(address) as listening:
-        assert is_reached(listening, link, lambda port: frames.opening(address, port))
+        assert is_reached(listening, link, lambda port: frames.segment(address, port))
         assert link.weaker == "" or not kernel.user_namespaces().usable
 
 
 def test_a_restricted_one_reaches_nothing_and_is_reached(network: UserNetwork) -> None:
     address, port = own_address(), PortSpec(host_port=free_port(), guest_port=80)
     with opened(replace(network, restrict=True, ports=(port,))) as link, server(address) as listening:
-        assert not is_reached(listening, link, lambda port: frames.opening(address, port))
-        assert not is_reached(listening, link, lambda port: frames.opening("127.0.0.1", port))
+        assert not is_reached(listening, link, lambda port: frames.segment(address, port))
+        assert not is_reached(listening, link, lambda port: frames.segment("127.0.0.1", port))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
             receiver.bind((address, 0))
             receiver.settimeout(MOMENT)
@@ -159,17 +159,51 @@ def test_ports_are_published_at_the_start_and_later_and_taken_back(network: User
     control = Path(network.control)
     with opened(replace(network, ports=(first,))) as link:
         assert knocks(link, first.host_port)
-        user_network.publish(control, second)
-        user_network.publish(control, datagrams)
+        user_network.publish(control, second, restrict=False)
+        user_network.publish(control, datagrams, restrict=False)
         assert user_network.published(control) == [first, second, datagrams]
         with pytest.raises(AlreadyExists, match=f"port {second.host_port} on 127.0.0.1 can't be published"):
-            user_network.publish(control, second)
-        user_network.unpublish(control, first)
-        user_network.unpublish(control, first)
+            user_network.publish(control, second, restrict=False)
+        user_network.unpublish(control, first, restrict=False)
+        user_network.unpublish(control, first, restrict=False)
         assert user_network.published(control) == [second, datagrams]
         with pytest.raises(ConnectionRefusedError):
             knocks(link, first.host_port)
         assert knocks(link, second.host_port)
+
+
+@pytest.mark.parametrize("restrict", [False, True])
+@pytest.mark.parametrize("later", [False, True])
+def test_datagrams_to_a_published_port_are_answered(network: UserNetwork, restrict: bool, later: bool) -> None:
+    port = PortSpec(host_port=free_port(), guest_port=53, protocol="udp")
+    control = Path(network.control)
+    with opened(replace(network, restrict=restrict, ports=() if later else (port,))) as link:
+        if later:
+            user_network.publish(control, port, restrict=restrict)
+        assert is_answered(link, port)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as service:
+            # A service of the host's, at a port that no client has.
+            service.bind(("127.0.0.1", 1717))
+            service.settimeout(MOMENT)
+            for source in (port.guest_port, 4000):
+                link.frames.send(frames.datagram("10.0.2.2", 1717, source=source))
+            with pytest.raises(TimeoutError):
+                service.recv(100)
+        user_network.unpublish(control, port, restrict=restrict)
+        assert user_network.published(control) == []
+
+
+def is_answered(link: Link, port: PortSpec) -> bool:
+    """Whether somebody on this computer who asks the guest by UDP gets its answer."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(2)
+        client.connect((port.host_address, port.host_port))
+        client.send(b"question")
+        while (question := link.frames.recv(1 << 16))[12:14] != b"\x08\x00" or question[23] != frames.UDP:
+            pass
+        asker, its_port = socket.inet_ntoa(question[26:30]), int.from_bytes(question[34:36], "big")
+        link.frames.send(frames.datagram(asker, its_port, b"answer", source=port.guest_port))
+        return client.recv(100) == b"answer"
 
 
 def test_a_port_that_is_taken_keeps_it_from_starting_and_nothing_is_left(network: UserNetwork) -> None:
@@ -179,7 +213,7 @@ def test_a_port_that_is_taken_keeps_it_from_starting_and_nothing_is_left(network
             open_link(replace(network, ports=(port,)))
     assert helper_of(Path(network.control)) is None
     with pytest.raises(EngineFailed, match="doesn't answer"):
-        user_network.publish(Path(network.control), port)
+        user_network.publish(Path(network.control), port, restrict=False)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may have low ports")
@@ -246,7 +280,7 @@ def test_where_it_can_t_have_a_sandbox_it_runs_without_and_that_is_told(
     monkeypatch.setattr(user_network, "command", refused)
     with opened(network) as link, server("127.0.0.1") as listening:
         assert link.weaker == "the network of net0 has no file system of its own: unshare: Operation not permitted"
-        assert not is_reached(listening, link, lambda port: frames.opening("127.0.0.1", port))
+        assert not is_reached(listening, link, lambda port: frames.segment("127.0.0.1", port))
 
 
 def test_one_that_can_t_be_guarded_isn_t_used(network: UserNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +307,7 @@ def test_a_computer_without_it_is_told_what_to_install(network: UserNetwork, mon
 
 def test_its_command_line(network: UserNetwork) -> None:
     as_root = "slirp4netns --target-type=bess --exit-fd=5 --ready-fd=6 --api-socket=net0.net --enable-seccomp"
-    as_root += " --disable-host-loopback --enable-sandbox --enable-ipv6 net0.link"
+    as_root += " --enable-sandbox --enable-ipv6 net0.link"
     assert command(network, lifeline=5, ready=6, sandbox=True, root=True) == as_root.split()
     as_user = command(network, lifeline=5, ready=6, sandbox=True, root=False)
     assert as_user == ["unshare", "--user", "--map-root-user", "--", *as_root.split()]
@@ -288,7 +322,7 @@ def test_an_ordinary_user_s_is_as_tight(network: UserNetwork) -> None:
         pytest.skip("the tests above are of an ordinary user already")
     folder, root = Path(network.link).parent, Path(__file__).parents[2]
     os.chown(folder, UNKNOWN_USER, UNKNOWN_USER)
-    tests = "a_guest_reaches or restricted or ports_are_published or lifeline or sandbox"
+    tests = "a_guest_reaches or restricted or ports_are_published or lifeline or sandbox or datagrams"
     words = ["setpriv", f"--reuid={UNKNOWN_USER}", f"--regid={UNKNOWN_USER}", "--clear-groups", sys.executable, "-m"]
     words += ["pytest", "-q", "-p", "no:cacheprovider", "-k", tests, f"--basetemp={folder}/tmp", __file__]
     finished = subprocess.run(

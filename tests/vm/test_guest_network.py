@@ -100,7 +100,7 @@ async def test_a_guest_gets_an_address_and_reaches_the_network_but_not_the_hosts
 
 async def test_the_way_by_wire_is_one_without_the_filter(factory: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the test above would prove nothing."""
-    monkeypatch.setattr(user_network.frame_filter, "guard", lambda pid: None)
+    monkeypatch.setattr(user_network.frame_filter, "guard", lambda *_, **__: None)
     vm = await factory.run("tiny", name="v", memory="96MiB")
     await vm.sh(ADDRESS)
     async with greeter("127.0.0.1") as port:
@@ -183,7 +183,7 @@ async def test_a_tool_that_is_killed_leaves_no_helper(factory: Factory, moment: 
     action = f"""
 from atoll.host import launch, user_network
 import os, signal
-{KILLED_AT[moment]} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+{KILLED_AT[moment]} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 await (await host.get('v')).start()
 """
     assert tool.run(factory.layout, action)[0] == -signal.SIGKILL

@@ -16,7 +16,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ NOWHERE = "240.0.0.1"
 """No host's address (RFC 1112, section 4): who must use it as its own gets no connection out."""
 START_TIME = 20.0
 """Seconds until a helper must be ready; it takes 5 ms on an idle computer."""
-ANSWER_TIME = 5.0
+ANSWER_TIME = 5
 _PAUSE = 0.0005
 
 
@@ -66,7 +66,7 @@ def command(network: UserNetwork, *, lifeline: int, ready: int, sandbox: bool, r
     """
     words = [] if root or not sandbox else ["unshare", "--user", "--map-root-user", "--"]
     words += [PROGRAM, "--target-type=bess", f"--exit-fd={lifeline}", f"--ready-fd={ready}"]
-    words += [f"--api-socket={Path(network.control).name}", "--enable-seccomp", "--disable-host-loopback"]
+    words += [f"--api-socket={Path(network.control).name}", "--enable-seccomp"]
     words += ["--enable-sandbox"] if sandbox else []
     words += [f"--outbound-addr={NOWHERE}", "--disable-dns"] if network.restrict else ["--enable-ipv6"]
     return [*words, Path(network.link).name]
@@ -125,9 +125,9 @@ def _start(network: UserNetwork, *, sandbox: bool, weaker: str) -> Link:
         if not _is_ready(ready):
             raise _Refused(_last_words(helper))
         Path(network.link).unlink(missing_ok=True)
-        frame_filter.guard(helper.pid)
+        frame_filter.guard(helper.pid, restrict=network.restrict, udp_ports=_of_udp(network.ports))
         for port in network.ports:
-            publish(Path(network.control), port)
+            _add(Path(network.control), port)
         on_failure.pop_all()
         return Link(frames=frames, lifeline=lifeline, weaker=weaker)
 
@@ -202,15 +202,52 @@ def let_go(link: Path) -> None:
 def helper_of(control: Path) -> int | None:
     """The process that listens there; None when it has ended."""
     try:
-        with connect(control) as client:
+        with _called(control) as client:
             credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     except OSError:
         return None
     return int(struct.unpack("3i", credentials)[0])
 
 
-def publish(control: Path, port: PortSpec) -> None:
+def publish(control: Path, port: PortSpec, *, restrict: bool) -> None:
     """Publish a port now. Raises `AlreadyExists` when the helper can't have it, `EngineFailed`."""
+    _add(control, port)
+    if port.protocol == "udp":
+        try:
+            _guard_again(control, published(control), restrict=restrict)
+        except EngineFailed:
+            _remove(control, port)
+            raise
+
+
+def unpublish(control: Path, port: PortSpec, *, restrict: bool) -> None:
+    """Take a port back, if it is published. Connections that stand go on. Raises `EngineFailed`."""
+    if helper_of(control) is None:
+        # Its ports went with it.
+        return
+    if port.protocol == "udp":
+        kept = [there for there in published(control) if _place(there) != _place(port)]
+        _guard_again(control, kept, restrict=restrict)
+    _remove(control, port)
+
+
+def _guard_again(control: Path, ports: Sequence[PortSpec], *, restrict: bool) -> None:
+    """Let the guest answer on the ports that are published now: of UDP a frame alone doesn't tell that it answers."""
+    pid = helper_of(control)
+    if pid is None:
+        raise EngineFailed("the network's helper has ended", next_step="Restart the VM: `atoll restart`.")
+    frame_filter.guard(pid, restrict=restrict, udp_ports=_of_udp(ports))
+
+
+def _of_udp(ports: Sequence[PortSpec]) -> list[int]:
+    return [port.guest_port for port in ports if port.protocol == "udp"]
+
+
+def _place(port: PortSpec) -> tuple[str, str, int]:
+    return port.protocol, port.host_address, port.host_port
+
+
+def _add(control: Path, port: PortSpec) -> None:
     rule = {"host_addr": port.host_address, "host_port": port.host_port}
     said = _ask(
         control, "add_hostfwd", {"proto": port.protocol} | rule | {"guest_addr": GUEST, "guest_port": port.guest_port}
@@ -223,10 +260,9 @@ def publish(control: Path, port: PortSpec) -> None:
         )
 
 
-def unpublish(control: Path, port: PortSpec) -> None:
-    """Take a port back, if it is published. Connections that stand go on. Raises `EngineFailed`."""
+def _remove(control: Path, port: PortSpec) -> None:
     for number, there in _rules(control):
-        if (there.protocol, there.host_address, there.host_port) == (port.protocol, port.host_address, port.host_port):
+        if _place(there) == _place(port):
             _ask(control, "remove_hostfwd", {"id": number})
 
 
@@ -248,14 +284,26 @@ def _rules(control: Path) -> Iterator[tuple[int, PortSpec]]:
         )
 
 
+def _called(control: Path) -> socket.socket:
+    """A connection to the helper, which lets only one wait: so this waits for the one before. Raises `OSError`."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        # Python's own timeouts make a connection fail at once where it would have to wait.
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            client.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", ANSWER_TIME, 0))
+        with address_of(control) as address:
+            client.connect(address)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
 def _ask(control: Path, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """One question: the helper hangs up after its answer, which comes within a millisecond."""
     question = {"execute": verb} | ({"arguments": arguments} if arguments else {})
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:
-            client.settimeout(ANSWER_TIME)
-            with address_of(control) as address:
-                client.connect(address)
+        with _called(control) as client:
             client.sendall(json.dumps(question).encode())
             client.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: client.recv(1 << 16), b""))

@@ -116,7 +116,7 @@ async def _forward(context: Context[PortRequest]) -> None:
     port = context.request.port
     check_port_free(context.vm.name, port)
     if nic.network is None:
-        user_network.publish(_control(context), port)
+        user_network.publish(_control(context), port, restrict=nic.restrict)
         return
     said = await network_ports.forward(context.services, nic, port, add=True)
     if said:
@@ -128,7 +128,7 @@ async def _unforward(context: Context[PortRequest]) -> None:
     if nic is None:
         return
     if nic.network is None:
-        user_network.unpublish(_control(context), context.request.port)
+        user_network.unpublish(_control(context), context.request.port, restrict=nic.restrict)
     else:
         await network_ports.forward(context.services, nic, context.request.port, add=False)
 

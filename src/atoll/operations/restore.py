@@ -25,7 +25,7 @@ from atoll.errors import AtollError, NotFound, Unsupported
 from atoll.host import facts, files, user_network
 from atoll.model.names import find, new_id
 from atoll.model.snapshot import Snapshot
-from atoll.model.spec import PortSpec, VmSpec
+from atoll.model.spec import NicSpec, PortSpec, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Run, Vm
 from atoll.operations import guest_setup, heads, observe
@@ -131,8 +131,8 @@ async def _set_aside(context: Context[RestoreRequest]) -> None:
         async with control(services, vm) as monitor:
             if context.notes["phase"] == Phase.RUNNING:
                 await monitor.execute("stop")
-        for network, port in _published(services, vm):
-            user_network.unpublish(network, port)
+        for nic, port in _published(vm):
+            user_network.unpublish(paths.network_control(nic.name), port, restrict=nic.restrict)
         paths.run.rename(_aside(paths.run))
     if paths.nvram.exists() and not _aside(paths.nvram).exists():
         paths.nvram.rename(_aside(paths.nvram))
@@ -140,12 +140,9 @@ async def _set_aside(context: Context[RestoreRequest]) -> None:
         files.write_atomically(paths.nvram, services.layout.blob(node.nvram).read_bytes())
 
 
-def _published(services: Services, vm: Vm) -> Iterator[tuple[Path, PortSpec]]:
-    paths = services.layout.vm(vm.id)
-    for nic in vm.spec.nics:
-        # Those of a network are its uplink's, and lead to the same address afterwards.
-        for port in nic.ports if nic.network is None else ():
-            yield paths.network_control(nic.name), port
+def _published(vm: Vm) -> Iterator[tuple[NicSpec, PortSpec]]:
+    """Those of a network are its uplink's, and lead to the same address afterwards."""
+    return ((nic, port) for nic in vm.spec.nics for port in nic.ports if nic.network is None)
 
 
 async def _take_back(context: Context[RestoreRequest]) -> None:
@@ -161,9 +158,9 @@ async def _take_back(context: Context[RestoreRequest]) -> None:
         _aside(paths.run).rename(paths.run)
     if vm.run is None or not facts.is_alive(vm.run):
         return
-    for network, port in _published(services, vm):
+    for nic, port in _published(vm):
         with contextlib.suppress(AtollError):
-            user_network.publish(network, port)
+            user_network.publish(paths.network_control(nic.name), port, restrict=nic.restrict)
     if context.notes.get("phase") == Phase.RUNNING:
         await go_on(services, vm)
 
