@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from atoll.host import facts
+from atoll.host import facts, namespace
+from atoll.host.network import taps
 from atoll.host.sockets import connect
 from atoll.layout import Layout
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
 from atoll.operations import observe
 from atoll.operations.collect import needed
+from atoll.operations.networks import list_networks
 from atoll.operations.services import Services
 from atoll.qemu import devices
 from atoll.qemu.monitor import Monitor
@@ -23,6 +25,7 @@ async def disagreements(layout: Layout) -> list[str]:
         vms = services.records.vms()
         found += _of_folders(layout, vms)
         found += _of_images(layout, services)
+        found += await _of_networks(layout, services)
         for vm in vms:
             found += _of_files(layout, vm)
             found += await _of_process(services, vm)
@@ -55,6 +58,21 @@ def _of_images(layout: Layout, services: Services) -> list[str]:
     return _compared("layer", _names(layout.layers), recorded) + _compared("blob", _names(layout.blobs), blobs)
 
 
+async def _of_networks(layout: Layout, services: Services) -> list[str]:
+    """Folders and processes of networks that are gone; taps of cards that aren't recorded, and the other way round."""
+    networks = {network.id for network in services.records.networks()}
+    found = [f"files of a network that is gone: {name}" for name in sorted(_names(layout.run / "networks") - networks)]
+    for info in list_networks(services):
+        holder = namespace.holder_of(layout.network(info.network.id))
+        if holder is None:
+            continue
+        running = {vm.id for vm in services.records.vms() if vm.run is not None and facts.is_alive(vm.run)}
+        recorded = {card.address for card in info.attached if card.vm_id in running}
+        there = {tap.address for tap in await taps(holder.pid)}
+        found += _compared(f"{info.network.name}: tap for", there, recorded)
+    return found
+
+
 def _of_files(layout: Layout, vm: Vm) -> list[str]:
     paths = layout.vm(vm.id)
     heads = {paths.head(disk).name for spec in (vm.spec, vm.pending) if spec for disk in spec.disks if not disk.blob}
@@ -83,5 +101,7 @@ async def _of_devices(vm: Vm, monitor: Monitor) -> list[str]:
     found = _compared(f"{vm.name}: plugged disk", disks, {devices.head_node(disk) for disk in vm.spec.disks})
     rules = await monitor.execute("human-monitor-command", {"command-line": "info usernet"})
     forwarded = {line.split()[3] for line in rules.splitlines() if "HOST_FORWARD" in line}
-    ports = {str(port.host_port) for nic in vm.spec.nics for port in nic.ports}
-    return found + _compared(f"{vm.name}: forwarded port", forwarded, ports)
+    ports = {str(port.host_port) for nic in vm.spec.nics if nic.network is None for port in nic.ports}
+    found += _compared(f"{vm.name}: forwarded port", forwarded, ports)
+    cards = {each["name"] for each in await monitor.execute("query-rx-filter")}
+    return found + _compared(f"{vm.name}: card", cards, {f"nic-{nic.name}" for nic in vm.spec.nics})

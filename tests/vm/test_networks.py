@@ -96,6 +96,7 @@ async def test_three_vms_find_each_other_by_name(hosts: Factory) -> None:
     stranger = await hosts.run("tiny", name="stranger", **on("other"))
     for vm in (web, db, cache, stranger):
         await address_of(vm)
+    await address_of(cache, 1)
 
     for name in ("db", "cache", "db.lab.atoll"):
         assert "1 packets received" in await web.sh(f"ping -c 1 -W 5 {name}")
