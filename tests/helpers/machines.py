@@ -73,6 +73,8 @@ class Factory:
             for info in await self.host.ls():
                 with contextlib.suppress(AtollError):
                     await (await self.host.get(info.vm.id)).rm(force=True)
+            for each in await self.host.networks.ls():
+                await self.host.networks.rm(each.network.id, force=True)
         await self.host.__aexit__(*exc)
 
     async def image(self, recipe: str) -> str:

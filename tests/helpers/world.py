@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from atoll.host import user_network
+from atoll.host import facts, namespace, user_network
+from atoll.host.network import taps
 from atoll.host.sockets import connect
 from atoll.layout import Layout
 from atoll.model.state import Phase
@@ -11,6 +12,7 @@ from atoll.model.vm import Vm
 from atoll.operations import observe
 from atoll.operations.boot import engines_of
 from atoll.operations.collect import needed
+from atoll.operations.networks import list_networks
 from atoll.operations.services import Services
 from atoll.qemu import devices
 from atoll.qemu.monitor import Monitor
@@ -24,6 +26,7 @@ async def disagreements(layout: Layout) -> list[str]:
         vms = services.records.vms()
         found += _of_folders(layout, vms)
         found += _of_images(layout, services)
+        found += await _of_networks(layout, services)
         for vm in vms:
             found += _of_files(layout, vm)
             found += await _of_process(services, vm)
@@ -56,6 +59,21 @@ def _of_images(layout: Layout, services: Services) -> list[str]:
     return _compared("layer", _names(layout.layers), recorded) + _compared("blob", _names(layout.blobs), blobs)
 
 
+async def _of_networks(layout: Layout, services: Services) -> list[str]:
+    """Folders and processes of networks that are gone; taps of cards that aren't recorded, and the other way round."""
+    networks = {network.id for network in services.records.networks()}
+    found = [f"files of a network that is gone: {name}" for name in sorted(_names(layout.run / "networks") - networks)]
+    for info in list_networks(services):
+        holder = namespace.holder_of(layout.network(info.network.id))
+        if holder is None:
+            continue
+        running = {vm.id for vm in services.records.vms() if vm.run is not None and facts.is_alive(vm.run)}
+        recorded = {card.address for card in info.attached if card.vm_id in running}
+        there = {tap.address for tap in await taps(holder.pid)}
+        found += _compared(f"{info.network.name}: tap for", there, recorded)
+    return found
+
+
 def _of_files(layout: Layout, vm: Vm) -> list[str]:
     paths = layout.vm(vm.id)
     heads = {paths.head(disk).name for spec in (vm.spec, vm.pending) if spec for disk in spec.disks if not disk.blob}
@@ -82,12 +100,18 @@ async def _of_devices(vm: Vm, monitor: Monitor) -> list[str]:
         "firmware",
         "variables",
     }
-    return _compared(f"{vm.name}: plugged disk", disks, {devices.head_node(disk) for disk in vm.spec.disks})
+    cards = {each["name"] for each in await monitor.execute("query-rx-filter")}
+    return [
+        *_compared(f"{vm.name}: plugged disk", disks, {devices.head_node(disk) for disk in vm.spec.disks}),
+        *_compared(f"{vm.name}: card", cards, {f"nic-{nic.name}" for nic in vm.spec.nics}),
+    ]
 
 
 def _of_networks(layout: Layout, vm: Vm) -> list[str]:
     found = []
     for nic in vm.spec.nics:
+        if nic.network is not None:
+            continue
         there = {str(port) for port in user_network.published(layout.vm(vm.id).network_control(nic.name))}
         found += _compared(f"{vm.name}: published port", there, {str(port) for port in nic.ports})
     return found

@@ -293,6 +293,46 @@ async def is_imported(stage: Stage) -> bool:
     return await new.phase() is Phase.RUNNING
 
 
+async def no_network(stage: Stage) -> None:
+    await stage.factory.image("tiny")
+    for each in await stage.factory.host.networks.ls():
+        await stage.factory.host.networks.rm(each.network.name, force=True)
+
+
+async def network_that_is_up(stage: Stage) -> None:
+    """Somebody was on it."""
+    networks = stage.factory.host.networks
+    if await has_network(stage):
+        return
+    await networks.create("lab")
+    await running(stage)
+    await (await stage.vm()).net_attach("lab")
+    await (await stage.vm()).net_detach("lab")
+    assert (await networks.show("lab")).up
+
+
+async def has_network(stage: Stage) -> bool:
+    return any(each.network.name == "lab" for each in await stage.factory.host.networks.ls())
+
+
+async def detached(stage: Stage) -> None:
+    await running(stage)
+    if not await has_network(stage):
+        await stage.factory.host.networks.create("lab")
+    if await is_attached(stage):
+        await (await stage.vm()).net_detach("lab")
+
+
+async def attached(stage: Stage) -> None:
+    await detached(stage)
+    await (await stage.vm()).net_attach("lab")
+
+
+async def is_attached(stage: Stage) -> bool:
+    """It is recorded; that the machine has it too is seen for each verb."""
+    return any((await stage.factory.host.networks.show("lab")).attached)
+
+
 CASES: dict[str, Case] = {
     "create": Case(nothing_made, "await host.create('tiny', name='new', memory='96MiB')", lambda s: s.exists("new")),
     "start": Case(stopped, "await (await host.get('v')).start()", _is(Phase.RUNNING)),
@@ -335,6 +375,10 @@ CASES: dict[str, Case] = {
     ),
     "export": Case(no_bundle, "await (await host.get('v')).export({bundle!r})", has_bundle),
     "import": Case(a_bundle, "await host.import_bundle({bundle!r}, 'new')", is_imported),
+    "net create": Case(no_network, "await host.networks.create('lab')", has_network),
+    "net rm": Case(network_that_is_up, "await host.networks.rm('lab')", lambda s: _not(has_network(s))),
+    "net attach": Case(detached, "await (await host.get('v')).net_attach('lab')", is_attached),
+    "net detach": Case(attached, "await (await host.get('v')).net_detach('lab')", lambda s: _not(is_attached(s))),
     "image": Case(
         no_image, "await host.images.import_file(ImportRequest(path={blank!r}, name='blank', format='raw'))", has_image
     ),

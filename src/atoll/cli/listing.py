@@ -149,7 +149,9 @@ def _isolation(info: VmInfo) -> str:
 
 
 def _nic(nic: "NicSpec", networks: dict[str, str]) -> str:
-    where = f" on {networks.get(nic.network, 'a network that is gone')}, {nic.address}" if nic.network else ""
+    where = "" if nic.network is None else ", leads nowhere"
+    if nic.network:
+        where = f" on {networks.get(nic.network, 'a network that is gone')}, {nic.address}"
     return f"{nic.name} {nic.mac} {nic.model}{where}"
 
 

@@ -112,14 +112,12 @@ bind-interfaces
 
 
 def dns(network: Network, *, hosts: str, upstream: str | None) -> str:
-    """For the dnsmasq that knows names. `upstream` knows those of the world; names of the network never go there."""
-    return f"""{_BOTH}no-hosts
-no-resolv
-addn-hosts={hosts}
-local=/{network.domain}/
-domain-needed
-{f"server={upstream}" if upstream else ""}
-"""
+    """For the dnsmasq that knows names. `upstream` knows those of the world; names of the network never go there.
+
+    Without one, whoever asks for another name is refused, and so asks the next server that he has.
+    """
+    world = f"domain-needed\nserver={upstream}\n" if upstream else ""
+    return f"{_BOTH}no-hosts\nno-resolv\naddn-hosts={hosts}\nlocal=/{network.domain}/\n{world}"
 
 
 def dhcp(network: Network, *, leases: str) -> str:

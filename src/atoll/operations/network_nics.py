@@ -1,14 +1,13 @@
 """net attach, net detach
 
 attach   check ─ record (reserves the addresses; undo: the old record) ─ plug, if it runs (undo: unplug) ─ tell
-detach   unplug, if it runs (undo: plug) ─ record (point of no return) ─ tell
+detach   unplug, if it runs (undo: plug) ─ record (point of no return) ─ cut off, if that was asked for ─ tell
 
 A card that can't be plugged or unplugged while the guest runs comes or goes at its next start.
 """
 
 import contextlib
 import os
-from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -29,6 +28,8 @@ from atoll.qemu import devices
 class NicChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     vm_id: str
     nic: NicSpec
+    cut_off: bool = False
+    """When the guest doesn't let go of it, it loses its cable."""
 
 
 async def attach(vm: Vm, request: NicRequest, *, services: Services) -> tuple[NicSpec, Change]:
@@ -51,12 +52,9 @@ async def detach(vm: Vm, network: Network, *, services: Services, now: bool = Fa
         raise NotFound(
             f"{vm.name} isn't on the network '{network.name}'", next_step=f"`atoll show {vm.name}` tells its cards."
         )
-    request = NicChange(vm_id=vm.id, nic=nic)
+    request = NicChange(vm_id=vm.id, nic=nic, cut_off=now)
     context = await perform(DETACH, request, services=services, subject=vm.id, subject_name=vm.name)
-    later = str(context.notes.get("later", ""))
-    if later and now:
-        await perform(CUT_OFF, request, services=services, subject=vm.id, subject_name=vm.name)
-    return _change(nic.name, "removed", later)
+    return _change(nic.name, "removed", str(context.notes.get("later", "")))
 
 
 def _change(name: str, value: str, later: str) -> Change:
@@ -180,7 +178,7 @@ async def _record_removed(context: Context[NicChange]) -> None:
 
 async def _names(context: Context[NicChange]) -> None:
     network = context.request.nic.network
-    await networks.tell_names(context.services, [network] if network is not None else [])
+    await networks.tell_names(context.services, [network] if network else [])
 
 
 async def _tell(context: Context[NicChange]) -> None:
@@ -196,18 +194,18 @@ async def _tell_removed(context: Context[NicChange]) -> None:
 
 
 async def _cut_off(context: Context[NicChange]) -> None:
-    """The running machine's card has no cable any more; it is recorded as one of its own, without a way out."""
+    """The running machine's card has no cable any more."""
     nic = _recorded(context)
+    if not nic.network or not context.request.cut_off or not context.notes.get("later"):
+        return
     if _runs(context):
         async with control(context.services, context.vm) as monitor:
             with contextlib.suppress(AtollError):
                 await monitor.execute("set_link", {"name": f"net-{nic.name}", "up": False})
-    alone: dict[str, Any] = {"network": None, "address": None, "ports": (), "restrict": True}
     await network_ports.unpublish_all(context.services, (nic,))
     vm = context.vm
-    nics = tuple(replace(each, **alone) if each.name == nic.name else each for each in vm.spec.nics)
+    nics = tuple(networks.alone(each) if each.name == nic.name else each for each in vm.spec.nics)
     context.services.records.put_vm(replace(vm, spec=replace(vm.spec, nics=nics)))
-    await _names(context)
 
 
 ATTACH = Verb(
@@ -226,7 +224,7 @@ DETACH = Verb(
     steps=(
         Step("unplug", _unplug, _plug_again),
         Step("record", _record_removed, final=True),
+        Step("cut off", _cut_off),
         Step("tell", _tell_removed),
     ),
 )
-CUT_OFF = Verb(name="net cut off", request=NicChange, steps=(Step("cut off", _cut_off, final=True),))

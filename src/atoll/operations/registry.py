@@ -48,7 +48,6 @@ VERBS: dict[str, Verb[Any]] = {
         network.REMOVE,
         network_nics.ATTACH,
         network_nics.DETACH,
-        network_nics.CUT_OFF,
         images.MAKE,
         snapshot.SNAPSHOT,
         restore.RESTORE,
