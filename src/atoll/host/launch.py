@@ -30,8 +30,8 @@ class Launched:
 def launch(plan: LaunchPlan, *, log: Path) -> Launched:
     """Start QEMU in a session of its own, with its output in `log`. It outlives us.
 
-    Raises `StorageFailed` when a file can't be opened, `EngineFailed` when a program can't be started, `AlreadyExists`
-    when a port is taken.
+    Raises `StorageFailed` when a file can't be opened, `EngineFailed` or `MissingTool` when a program can't be
+    started, `AlreadyExists` when a port is taken.
     """
     weaker: list[str] = []
     with contextlib.ExitStack() as stack:
