@@ -15,13 +15,16 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from msgspec.structs import replace
+from tests.helpers.records import WEB
 
+from atoll.cli.listing import _description
 from atoll.cli.main import ALIASES, SECTIONS, cli
 from atoll.model.names import new_id
 from atoll.model.operation import Operation, Owner
 from atoll.model.snapshot import Memory, Snapshot
 from atoll.model.spec import NicSpec, PortSpec, VmSpec
-from atoll.model.vm import Vm
+from atoll.model.state import Phase
+from atoll.model.vm import Vm, VmInfo
 from atoll.operations.services import Services
 
 Run = Callable[..., Result]
@@ -150,6 +153,14 @@ def test_show_tells_one_vm(run: Run, services: Services) -> None:
     assert "State:" in run("show", "web").stdout
     assert "bell\\x07" in run("show", "web").stdout
     assert json.loads(run("show", web.id[:6], "--format", "json").stdout)["vm"]["name"] == "web"
+
+
+def test_show_tells_what_is_confined_less_than_it_should_be() -> None:
+    weaker = "the network of net0 has no file system of its own: unshare: Operation not permitted"
+    assert WEB.run is not None
+    told = VmInfo(vm=replace(WEB, run=replace(WEB.run, weaker=(weaker,))), phase=Phase.RUNNING)
+    assert dict(_description(told))["Confined less"] == weaker
+    assert dict(_description(replace(told, vm=WEB)))["Confined less"] == ""
 
 
 def test_errors_are_an_object_where_json_is_wanted(run: Run) -> None:

@@ -35,8 +35,8 @@ def launch(
 
     `given` has descriptors by name that are open already: taps.
 
-    Raises `StorageFailed` when a file can't be opened, `EngineFailed` when a program can't be started, `AlreadyExists`
-    when a port is taken.
+    Raises `StorageFailed` when a file can't be opened, `EngineFailed` or `MissingTool` when a program can't be
+    started, `AlreadyExists` when a port is taken.
     """
     weaker: list[str] = []
     with contextlib.ExitStack() as stack:
