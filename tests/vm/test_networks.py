@@ -16,7 +16,7 @@ from atoll.errors import AlreadyExists, NotFound, Unsupported, WrongState
 from atoll.host import namespace
 from atoll.model.network import Network
 from atoll.model.requests import NetworkRequest, NicRequest
-from atoll.model.spec import PortSpec
+from atoll.model.spec import NOWHERE, PortSpec
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -219,3 +219,31 @@ async def test_a_guest_is_nobody_else(hosts: Factory) -> None:
     script = SPOOF.format(peer=await address_of(peer), own=own, mac=mac, stolen="10.213.0.77")
     assert await bad.sh(f"ip addr add {own}/24 dev eth0 2>/dev/null; {script}") == "honest passed"
     assert "66:66:66" not in await peer.sh("cat /proc/net/arp") and "10.213.0.77" not in await peer.sh("arp -an")
+
+
+async def test_copies_and_restored_machines_have_addresses_that_nobody_else_has(hosts: Factory) -> None:
+    await hosts.host.networks.create("lab")
+    web = await hosts.run("tiny", name="web", **on("lab"))
+    await address_of(web)
+    await web.snapshot("then")
+    forks = [hosts.machine(vm) for vm in await web.fork(2, name="f{n}")]
+    macs = [vm.record.spec.nics[0].mac for vm in (web, *forks)]
+    assert len(set(macs)) == 3
+    for vm, mac in zip(forks, macs[1:], strict=True):
+        assert mac in await vm.sh("ip link show eth0")
+        await address_of(vm)
+        await vm.sh("ping -c 1 -W 5 web && udhcpc -n -q -i eth0 -s /bin/true")
+    await web.sh("ping -c 1 -W 5 f1 && ping -c 1 -W 5 f2")
+    await forks[0].sh("ping -c 1 -W 5 f2.lab.atoll")
+
+    await web.restore("then")
+    await forks[0].sh("ping -c 1 -W 5 web")
+    await web.stop(force=True)
+    for vm in forks:
+        await vm.rm(force=True)
+    await web.net_detach("lab")
+    await hosts.host.networks.rm("lab")
+    await web.restore("then")
+    (nic,) = web.record.spec.nics
+    assert nic.network == NOWHERE, "its network is gone, and it isn't let out instead"
+    assert (await web.exec(["ping", "-c", "1", "-W", "1", "10.213.0.1"])).exit_code != 0

@@ -139,7 +139,9 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
 
 
 def _nic(nic: "NicSpec", networks: dict[str, str]) -> str:
-    where = f" on {networks.get(nic.network, 'a network that is gone')}, {nic.address}" if nic.network else ""
+    where = "" if nic.network is None else ", leads nowhere"
+    if nic.network:
+        where = f" on {networks.get(nic.network, 'a network that is gone')}, {nic.address}"
     return f"{nic.name} {nic.mac} {nic.model}{where}"
 
 

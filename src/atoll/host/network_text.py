@@ -20,10 +20,14 @@ class Port(Struct, frozen=True, kw_only=True):
 
 
 def links(network: Network) -> str:
-    """For `ip -batch`: the bridge, with the network's own address. No VM may be a part of a spanning tree."""
+    """For `ip -batch`: the bridge, with the network's own address. No VM may be a part of a spanning tree.
+
+    Without a hardware address of its own the bridge has that of a tap, and another one when that goes.
+    """
     prefix = network.subnet.partition("/")[2]
+    mac = ":".join(["02", *(network.id[index : index + 2] for index in range(0, 10, 2))])
     return f"""link set lo up
-link add {BRIDGE} type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+link add {BRIDGE} address {mac} type bridge stp_state 0 forward_delay 0 mcast_snooping 0
 addr add {network.gateway}/{prefix} dev {BRIDGE}
 link set {BRIDGE} up
 """

@@ -43,6 +43,10 @@ class PortSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return f"{self.host_address}:{self.host_port}:{self.guest_port}/{self.protocol}"
 
 
+NOWHERE = ""
+"""The network of a card whose cable leads nowhere: its network was removed under a machine that needs the card."""
+
+
 class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A network card: on a network that VMs share, else on a user-mode network of its own."""
 
@@ -53,7 +57,7 @@ class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     restrict: bool = False
     """No way out to the host or beyond; published ports still work. Of a user-mode network only."""
     network: str | None = None
-    """The id of the network that it is on; None for one of its own."""
+    """The id of the network that it is on; None for one of its own; empty when its cable leads nowhere."""
     address: str | None = None
     """Its IPv4 address there, given for as long as it is attached."""
 

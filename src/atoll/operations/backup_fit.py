@@ -11,7 +11,7 @@ from atoll.model.backup import Backup, BackupDisk, StoredLayer
 from atoll.model.image import Layer
 from atoll.model.names import new_id
 from atoll.model.spec import NicSpec, PortSpec
-from atoll.operations import backup_files, resolve
+from atoll.operations import backup_files, networks, resolve
 from atoll.operations.backup_files import Total, Vanished, expanded, has_data
 from atoll.operations.services import Report, Services
 from atoll.qemu.plan import layer_chain
@@ -118,10 +118,11 @@ def fitting_nics(backup: Backup, services: Services) -> tuple[NicSpec, ...]:
     return tuple(
         replace(
             nic,
+            address=None,
             mac=resolve.new_mac() if nic.mac in macs else nic.mac,
             ports=tuple(port for port in nic.ports if not any(_clash(port, other) for other in taken)),
         )
-        for nic in backup.spec.nics
+        for nic in networks.still_here(services, backup.spec.nics)
     )
 
 

@@ -21,7 +21,7 @@ from atoll.model.backup import Backup, StoredBlob, StoredLayer, blobs_of
 from atoll.model.image import Layer
 from atoll.model.names import check_vm_name, new_id
 from atoll.model.vm import Vm
-from atoll.operations import adopt, backup_files, backup_find, backup_fit
+from atoll.operations import adopt, backup_files, backup_find, backup_fit, networks
 from atoll.operations.backup_files import Total, Vanished
 from atoll.operations.backup_fit import Arrival
 from atoll.operations.create import IMAGES_LOCK, NewVm, make_files, remove_files
@@ -91,7 +91,8 @@ async def _record(context: Here) -> None:
         if any(services.records.layer(layer) is None for layer in request.copies.values()):
             raise StorageFailed("a layer was removed at this moment", next_step="Try again.")
         if services.records.vm(context.subject) is None:
-            services.records.add_vm(request.new.vm)
+            async with networks.addressed(services, request.new.vm) as vm:
+                services.records.add_vm(vm)
 
 
 async def _unrecord(context: Here) -> None:

@@ -21,7 +21,7 @@ from atoll.model.snapshot import Snapshot
 from atoll.model.spec import VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Vm
-from atoll.operations import capture, merge, resolve, resolve_disks
+from atoll.operations import capture, merge, networks, resolve, resolve_disks
 from atoll.operations.create import CREATE, NewVm
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.restore import find_snapshot
@@ -73,7 +73,7 @@ async def clone(
         name=name or resolve.made_up_name({each.name for each in services.records.vms()}),
         image=image,
         created_at=time.time(),
-        spec=own(spec, full=full),
+        spec=own(replace(spec, nics=networks.still_here(services, spec.nics)), full=full),
         snapshot=below,
     )
     copies = {disk.name: disk.layer for disk in spec.disks if disk.layer and disk.blob is None} if full else {}

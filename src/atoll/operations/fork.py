@@ -16,12 +16,14 @@ from atoll.model.operation import Progress
 from atoll.model.snapshot import Snapshot
 from atoll.model.spec import VmSpec
 from atoll.model.vm import Vm
-from atoll.operations import resolve_disks
+from atoll.operations import guest_setup, networks, resolve_disks
 from atoll.operations.create import CREATE, NewVm
 from atoll.operations.engine import perform
+from atoll.operations.guest_settle import NewCard, leave_word
 from atoll.operations.history import forget
 from atoll.operations.power import go_on
 from atoll.operations.remove import remove
+from atoll.operations.resolve import new_mac
 from atoll.operations.services import Report, Services
 from atoll.operations.snapshot import SnapshotOptions, free_name, snapshot
 from atoll.operations.start import start
@@ -29,6 +31,8 @@ from atoll.operations.start import start
 MOST = 1000
 """Copies that one command makes."""
 _NUMBER = "{n}"
+TIME_TO_ANSWER = 20.0
+"""Seconds in which copies on a network take their addresses; those that don't take them at the next exchange."""
 
 
 def names_of(pattern: str | None, count: int, *, source: str, taken: set[str]) -> list[str]:
@@ -109,8 +113,17 @@ async def copies(
         for vm in made:
             await remove(vm, services=services, force=True)
         raise failed
+    if pool is None:
+        for vm in made:
+            settle_later(services, vm)
     order = {name: index for index, name in enumerate(names)}
     return sorted(made, key=lambda vm: order[vm.name])
+
+
+def settle_later(services: Services, vm: Vm) -> None:
+    """A copy on a network is cut off until it takes its own addresses, so it doesn't wait for the first exchange."""
+    if networks.shared_by(vm.spec):
+        services.later(guest_setup.settled(services, vm, timeout=TIME_TO_ANSWER))
 
 
 async def _copy(node: Snapshot, name: str, services: Services, pool: str | None, *, hold: bool) -> Vm:
@@ -120,7 +133,7 @@ async def _copy(node: Snapshot, name: str, services: Services, pool: str | None,
         name=name,
         image=node.image,
         created_at=time.time(),
-        spec=_own(node.spec),
+        spec=_own(node.spec, services),
         snapshot=node.id,
         suspended=replace(node.memory, shared=True),
         seeded=node.seeded,
@@ -128,6 +141,7 @@ async def _copy(node: Snapshot, name: str, services: Services, pool: str | None,
     )
     request = NewVm(vm=vm, nvram=node.nvram, copy=True)
     await perform(CREATE, request, services=services, subject=vm.id, subject_name=name)
+    _leave_addresses(services, node.spec, services.vm(vm.id))
     try:
         await start(services.vm(vm.id), services=services, hold=hold)
     except (AtollError, asyncio.CancelledError):
@@ -136,9 +150,27 @@ async def _copy(node: Snapshot, name: str, services: Services, pool: str | None,
     return services.vm(vm.id)
 
 
-def _own(spec: VmSpec) -> VmSpec:
-    """The machine with heads of its own and nothing published. Its network card is in its memory, address and all: a
-    user-mode network is one's own, so that clashes with nobody.
+def _leave_addresses(services: Services, source: VmSpec, vm: Vm) -> None:
+    """Its memory has the source's addresses. Until the guest takes its own, nothing that it says on a network passes:
+    there it is known by its own only.
     """
-    nics = tuple(replace(nic, ports=()) for nic in spec.nics)
+    cards = []
+    for old, nic in zip(source.nics, vm.spec.nics, strict=True):
+        network = services.records.network(nic.network) if nic.network else None
+        if network is not None:
+            address = f"{nic.address}/{network.subnet.partition('/')[2]}"
+            gateway = network.gateway if network.mode == "nat" else ""
+            cards.append(NewCard(old=old.mac, mac=nic.mac, address=address, gateway=gateway))
+    if cards and vm.spec.guest.agent:
+        leave_word(services.layout.vm(vm.id), cards=tuple(cards))
+
+
+def _own(spec: VmSpec, services: Services) -> VmSpec:
+    """The machine with heads of its own and nothing published. Its network card is in its memory, address and all: a
+    user-mode network is one's own, so that clashes with nobody. On a network it gets others.
+    """
+    nics = tuple(
+        replace(nic, ports=()) if not nic.network else replace(nic, ports=(), mac=new_mac(), address=None)
+        for nic in networks.still_here(services, spec.nics)
+    )
     return replace(spec, nics=nics, disks=resolve_disks.with_heads(resolve_disks.without_heads(spec.disks)))

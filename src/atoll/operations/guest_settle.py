@@ -54,18 +54,54 @@ sync
 """For Linux: a name, an id and host keys of its own, the two latter only where there are some."""
 
 
+CARD = r"""
+old=$1 mac=$2 address=$3 gateway=$4
+for card in /sys/class/net/*; do
+    [ "$(cat "$card/address")" = "$old" ] || continue
+    name=${card##*/}
+    ip link set "$name" down
+    ip link set "$name" address "$mac"
+    ip addr flush dev "$name"
+    ip addr add "$address" dev "$name"
+    ip link set "$name" up
+    [ -n "$gateway" ] && ip route replace default via "$gateway" dev "$name"
+    # Whoever asks for addresses has the old one in mind.
+    if [ -x /usr/lib/atoll/network ]; then
+        /usr/lib/atoll/network "$name"
+    elif networkctl status "$name" >/dev/null 2>&1; then
+        networkctl reconfigure "$name"
+    elif ifquery --state "$name" >/dev/null 2>&1; then
+        (ifdown --force "$name"; ifup --force "$name") </dev/null >/dev/null 2>&1 &
+    fi
+done
+"""
+"""For Linux: another hardware address and another IPv4 address for the card that had the old one."""
+
+
+class NewCard(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a card is to have from now on."""
+
+    old: str
+    """The hardware address that it has."""
+    mac: str
+    address: str
+    """With its prefix: `10.213.0.2/24`."""
+    gateway: str = ""
+
+
 class Unsettled(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is to be told."""
 
     time: bool = False
     name: str = ""
     """Its own name, for one that still thinks that it is another machine."""
+    cards: tuple[NewCard, ...] = ()
 
 
-def leave_word(paths: VmPaths, *, time: bool = False, name: str = "") -> None:
+def leave_word(paths: VmPaths, *, time: bool = False, name: str = "", cards: tuple[NewCard, ...] = ()) -> None:
     """Have the guest told at the next exchange; with what had been left before. Raises `StorageFailed`."""
     before = _read(paths) or Unsettled()
-    wanted = replace(before, time=time or before.time, name=name or before.name)
+    wanted = replace(before, time=time or before.time, name=name or before.name, cards=cards or before.cards)
     files.write_atomically(paths.unsettled, msgspec.json.encode(wanted))
 
 
@@ -96,17 +132,20 @@ async def settle(paths: VmPaths, agent: "Agent") -> None:
             # Up to QEMU 9 the agent does it only where there is /sbin/hwclock, which minimal systems lack.
             with contextlib.suppress(Refused):
                 await _run(agent, 'date -u -s "@$1"', str(round(time.time())))
+    for card in wanted.cards:
+        with contextlib.suppress(Refused):
+            await _run(agent, CARD, card.old, card.mac, card.address, card.gateway)
     if wanted.name:
         with contextlib.suppress(Refused):
             await _run(agent, IDENTITY, wanted.name)
     paths.unsettled.unlink(missing_ok=True)
 
 
-async def _run(agent: "Agent", script: str, argument: str) -> None:
+async def _run(agent: "Agent", script: str, *arguments: str) -> None:
     """Run a script to its end. Raises `Refused`, `GuestFailed`."""
     import asyncio
 
-    pid = await agent.start(SH, ["-c", script, "sh", argument], capture=True)
+    pid = await agent.start(SH, ["-c", script, "sh", *arguments], capture=True)
     pause, end = 0.005, time.monotonic() + TIME_TO_SETTLE
     # The agent has no event for the end of a program.
     while not (await agent.status(pid)).exited:

@@ -32,7 +32,7 @@ from atoll.model.names import SHORT_ID, check_vm_name, new_id
 from atoll.model.snapshot import Snapshot
 from atoll.model.units import format_size
 from atoll.model.vm import Vm
-from atoll.operations import bundle_read, create
+from atoll.operations import bundle_read, create, networks
 from atoll.operations.adopt import Outside, adopt, agree, check_layer, discard
 from atoll.operations.bundle_format import members
 from atoll.operations.bundle_read import Stream, path_of
@@ -194,7 +194,7 @@ class Placed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def _placed(manifest: Manifest, wanted: set[str], here: dict[str, str]) -> Placed:
     layers = [each.layer for each in manifest.layers if each.layer.id in wanted]
     disks = tuple(replace(disk, layer=here.get(disk.layer or "", disk.layer)) for disk in manifest.snapshot.spec.disks)
-    nics = tuple(replace(nic, ports=()) for nic in manifest.snapshot.spec.nics)
+    nics = tuple(networks.alone(replace(nic, ports=())) for nic in manifest.snapshot.spec.nics)
     return Placed(
         node=replace(manifest.snapshot, spec=replace(manifest.snapshot.spec, disks=disks, nics=nics)),
         layers=tuple(replace(layer, parent=here.get(layer.parent or "", layer.parent)) for layer in layers),

@@ -8,7 +8,6 @@ A card that can't be plugged or unplugged while the guest runs comes or goes at 
 
 import contextlib
 import os
-from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -179,7 +178,7 @@ async def _record_removed(context: Context[NicChange]) -> None:
 
 async def _names(context: Context[NicChange]) -> None:
     network = context.request.nic.network
-    await networks.tell_names(context.services, [network] if network is not None else [])
+    await networks.tell_names(context.services, [network] if network else [])
 
 
 async def _tell(context: Context[NicChange]) -> None:
@@ -195,18 +194,17 @@ async def _tell_removed(context: Context[NicChange]) -> None:
 
 
 async def _cut_off(context: Context[NicChange]) -> None:
-    """The running machine's card has no cable any more; it is recorded as one of its own, without a way out."""
+    """The running machine's card has no cable any more."""
     nic = _recorded(context)
-    if nic.network is None or not context.request.cut_off or not context.notes.get("later"):
+    if not nic.network or not context.request.cut_off or not context.notes.get("later"):
         return
     if _runs(context):
         async with control(context.services, context.vm) as monitor:
             with contextlib.suppress(AtollError):
                 await monitor.execute("set_link", {"name": f"net-{nic.name}", "up": False})
-    alone: dict[str, Any] = {"network": None, "address": None, "ports": (), "restrict": True}
     await network_ports.unpublish_all(context.services, (nic,))
     vm = context.vm
-    nics = tuple(replace(each, **alone) if each.name == nic.name else each for each in vm.spec.nics)
+    nics = tuple(networks.alone(each) if each.name == nic.name else each for each in vm.spec.nics)
     context.services.records.put_vm(replace(vm, spec=replace(vm.spec, nics=nics)))
 
 

@@ -26,7 +26,7 @@ async def publish_all(paths: NetworkPaths, vm_name: str, nic: NicSpec) -> None:
 async def unpublish_all(services: Services, nics: tuple[NicSpec, ...]) -> None:
     """What has ended answers on no port."""
     for nic in nics:
-        if nic.network is not None and nic.ports:
+        if nic.network and nic.ports:
             for port in nic.ports:
                 await forward(services, nic, port, add=False)
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from atoll.errors import NotFound
 from atoll.model.names import find
 from atoll.model.network import Network, NetworkInfo
-from atoll.model.spec import NicSpec, VmSpec
+from atoll.model.spec import NOWHERE, NicSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations.services import Services
 
@@ -49,7 +49,7 @@ def lock_of(network_id: str) -> str:
 
 def shared_by(*specs: VmSpec | None) -> list[str]:
     """The ids of the networks that a machine has cards on, sorted."""
-    return sorted({nic.network for spec in specs if spec is not None for nic in spec.nics if nic.network is not None})
+    return sorted({nic.network for spec in specs if spec is not None for nic in spec.nics if nic.network})
 
 
 @contextlib.asynccontextmanager
@@ -72,7 +72,7 @@ async def addressed(services: Services, vm: Vm) -> AsyncIterator[Vm]:
     async with locked(services, shared_by(vm.spec)):
         nics = []
         for nic in vm.spec.nics:
-            if nic.network is not None and nic.address is None:
+            if nic.network and nic.address is None:
                 taken = {each.address for each in services.records.attached(nic.network).get(nic.network, ())}
                 taken |= {other.address for other in vm.spec.nics if other.address and other.network == nic.network}
                 nic = replace(nic, address=free_address(network_of(services, nic.network), taken))
@@ -80,15 +80,21 @@ async def addressed(services: Services, vm: Vm) -> AsyncIterator[Vm]:
         yield replace(vm, spec=replace(vm.spec, nics=tuple(nics)))
 
 
-def without_addresses(nics: Iterable[NicSpec]) -> tuple[NicSpec, ...]:
-    """The cards of a copy: on the same networks, with addresses of their own once it is recorded."""
-    return tuple(replace(nic, address=None) for nic in nics)
+def alone(nic: NicSpec) -> NicSpec:
+    """The card of a machine from elsewhere or from before, whose network isn't here: it leads nowhere.
+
+    A machine may depend on being kept in, so it doesn't get a way out instead. It is a tap still: memory that was saved
+    with one goes on with nothing else.
+    """
+    if nic.network is None:
+        return nic
+    return replace(nic, network=NOWHERE, address=None, ports=())
 
 
-def known_here(services: Services, nics: Iterable[NicSpec]) -> tuple[NicSpec, ...]:
-    """The cards of a machine from elsewhere: on a network that isn't here each has one of its own."""
+def still_here(services: Services, nics: Iterable[NicSpec]) -> tuple[NicSpec, ...]:
+    """The cards, those of removed networks alone."""
     here = {network.id for network in services.records.networks()}
-    return tuple(replace(nic, address=None, network=nic.network if nic.network in here else None) for nic in nics)
+    return tuple(nic if nic.network in here else alone(nic) for nic in nics)
 
 
 @contextlib.asynccontextmanager
@@ -112,8 +118,11 @@ async def taps(services: Services, vm: Vm, spec: VmSpec) -> AsyncIterator[dict[s
 async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
     """A tap for one card: a descriptor that the caller closes."""
     from atoll.host import network as world
+    from atoll.host.namespace import open_tap
     from atoll.operations import network_ports
 
+    if nic.network == NOWHERE:
+        return open_tap(None, "alone")
     assert nic.network is not None and nic.address is not None
     async with locked(services, [nic.network]):
         network = network_of(services, nic.network)

@@ -14,9 +14,9 @@ from atoll.errors import AlreadyExists, AtollError, InvalidInput, NotFound, Wron
 from atoll.model.snapshot import Snapshot
 from atoll.model.state import Phase
 from atoll.model.vm import PoolInfo, Vm
-from atoll.operations import observe
+from atoll.operations import networks, observe
 from atoll.operations.engine import Context, Step, Verb, perform
-from atoll.operations.fork import copies
+from atoll.operations.fork import copies, settle_later
 from atoll.operations.guest_settle import rename_word
 from atoll.operations.power import go_on
 from atoll.operations.remove import remove
@@ -84,7 +84,9 @@ async def take(node: Snapshot, name: str, *, services: Services) -> Vm:
         except AtollError:
             # Another command is at it, or its process has ended.
             continue
-        return services.vm(vm.id)
+        taken = services.vm(vm.id)
+        settle_later(services, taken)
+        return taken
     raise NotFound(
         f"no copy of {node.vm_name}@{node.name} waits",
         next_step=f"Start some: `atoll pool create {node.vm_name}@{node.name} --ready 5`.",
@@ -117,6 +119,7 @@ async def _put_back(context: Context[TakeRequest]) -> None:
 
 async def _go_on(context: Context[TakeRequest]) -> None:
     vm = context.vm
+    await networks.tell_names(context.services, networks.shared_by(vm.spec))
     await go_on(context.services, vm)
     context.services.records.add_event("vm.started", vm_id=vm.id, name=vm.name, data={"from": "pool"})
 

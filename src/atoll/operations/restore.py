@@ -27,7 +27,7 @@ from atoll.model.snapshot import Snapshot
 from atoll.model.spec import VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Run, Vm
-from atoll.operations import guest_setup, heads, observe, ports
+from atoll.operations import guest_setup, heads, networks, observe, ports
 from atoll.operations.boot import Incoming, boot, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control, go_on
@@ -78,6 +78,8 @@ def _node(context: Context[RestoreRequest]) -> Snapshot:
     node = context.services.records.snapshot(context.request.snapshot_id)
     if node is None:
         raise NotFound(f"{context.vm.name}: the snapshot is gone", "another command removed it")
+    nics = networks.still_here(context.services, node.spec.nics)
+    node = replace(node, spec=replace(node.spec, nics=nics))
     return replace(node, memory=None) if context.request.disk_only else node
 
 

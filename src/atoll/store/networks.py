@@ -48,7 +48,7 @@ def put_nics(db: sqlite3.Connection, vm: Vm) -> None:
     specs = [spec for spec in (vm.spec, vm.pending) if spec is not None]
     cards = dict.fromkeys((nic.network, nic.name, nic.mac, nic.address) for spec in specs for nic in spec.nics)
     for network, name, mac, address in cards:
-        if network is not None:
+        if network:
             _put_nic(db, vm, network, NicSpec(name=name, mac=mac, address=address))
 
 
