@@ -1,6 +1,7 @@
 """Networks without a kernel: which names, subnets and addresses they may have, and what their programs are told.
 
-To take over a change that is meant: `ATOLL_UPDATE_GOLDEN=1 ./dev test tests/unit/test_network_texts.py`, then read the diff.
+To take over a change that is meant: `ATOLL_UPDATE_GOLDEN=1 ./dev test tests/unit/test_network_texts.py`, then read
+the diff.
 """
 
 import os
