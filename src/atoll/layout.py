@@ -128,6 +128,11 @@ class NetworkPaths:
         return self.run / "leases"
 
     @property
+    def impairments(self) -> Path:
+        """What cables do wrong, until the network goes down."""
+        return self.run / "impairments.json"
+
+    @property
     def uplink(self) -> Path:
         """The socket that takes published ports."""
         return self.run / "uplink.sock"

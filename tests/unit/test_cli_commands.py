@@ -19,6 +19,7 @@ from tests.helpers.records import WEB
 
 from atoll.cli.listing import _description
 from atoll.cli.main import ALIASES, SECTIONS, cli
+from atoll.model.isolation import Barrier, Isolation
 from atoll.model.names import new_id
 from atoll.model.operation import Operation, Owner
 from atoll.model.snapshot import Memory, Snapshot
@@ -156,10 +157,11 @@ def test_show_tells_one_vm(run: Run, services: Services) -> None:
 
 
 def test_show_tells_what_is_confined_less_than_it_should_be() -> None:
-    weaker = "the network of net0 has no file system of its own: unshare: Operation not permitted"
+    why = "the network of net0 has no file system of its own: unshare: Operation not permitted"
+    isolation = Isolation(level="standard", barriers=(Barrier(name="network helper", holds=False, why=why),))
     assert WEB.run is not None
-    told = VmInfo(vm=replace(WEB, run=replace(WEB.run, weaker=(weaker,))), phase=Phase.RUNNING)
-    assert dict(_description(told))["Confined less"] == weaker
+    told = VmInfo(vm=replace(WEB, run=replace(WEB.run, isolation=isolation)), phase=Phase.RUNNING)
+    assert dict(_description(told))["Isolation"] == f"standard\nnetwork helper: no: {why}"
     assert dict(_description(replace(told, vm=WEB)))["Confined less"] == ""
 
 

@@ -12,10 +12,10 @@ import pytest
 from tests.helpers.machines import Factory, Machine
 from tests.helpers.ports import free_port
 
-from atoll.errors import AlreadyExists, NotFound, Unsupported, WrongState
+from atoll.errors import AlreadyExists, InvalidInput, NotFound, Unsupported, WrongState
 from atoll.host import namespace
 from atoll.model.network import Network
-from atoll.model.requests import NetworkRequest, NicRequest
+from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest
 from atoll.model.spec import NOWHERE, PortSpec
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
@@ -102,6 +102,19 @@ async def test_three_vms_find_each_other_by_name(hosts: Factory) -> None:
         assert "1 packets received" in await web.sh(f"ping -c 1 -W 5 {name}")
     await cache.sh("ping -c 1 -W 5 web && ping -c 1 -W 5 stranger")
     assert "default" not in await web.sh("ip route"), "a private network leads nowhere"
+
+    # A cable that works badly, while they run.
+    await web.net_impair(ImpairRequest(cut_from=("db",)))
+    assert (await web.exec(["ping", "-c", "1", "-W", "1", "db"])).exit_code != 0
+    assert (await db.exec(["ping", "-c", "1", "-W", "1", "web"])).exit_code != 0
+    await web.sh("ping -c 1 -W 5 cache")
+    await db.net_impair(ImpairRequest(loss=20))
+    said = await cache.sh(f"ping -c 40 -i 0.1 -W 1 {await address_of(db)}; true")
+    assert "100% packet loss" not in said and " 0% packet loss" not in said
+    await db.net_impair(ImpairRequest())
+    await web.sh("ping -c 1 -W 5 db")
+    with pytest.raises(InvalidInput, match="is on 2 networks"):
+        await cache.net_impair(ImpairRequest(loss=1))
 
     # Another network: neither its names nor its addresses.
     hidden = (await stranger.exec(["ping", "-c", "1", "-W", "1", "web"])).exit_code

@@ -82,7 +82,7 @@ def networks_work(person: Person) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
         assert answer.read() == b"served\n"
     # Whoever waits for the dead may take its time, hence the states.
-    look = ["pgrep", "-a", "-u", str(USER), "-r", "DRS", "-f", "atoll-network|dnsmasq|slirp4netns"]
+    look = ["pgrep", "-a", "-u", str(USER), "-r", "DRS", "-f", "atoll-network|dnsmasq|slirp4netns .* up0"]
     pids = person.run(*look).stdout.splitlines()
     assert len(pids) == 6, "a holder, two of dnsmasq with what starts them again, the uplink"
     person.atoll("net", "detach", "mine", "lab")

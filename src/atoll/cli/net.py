@@ -1,4 +1,4 @@
-"""`net create`, `net ls`, `net show`, `net rm`, `net attach`, `net detach`: networks that VMs share."""
+"""`net create`, `net ls`, `net show`, `net rm`, `net attach`, `net detach`, `net impair`: networks that VMs share."""
 
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -8,8 +8,9 @@ from atoll.cli.change import tell_changes
 from atoll.cli.failures import Format
 from atoll.cli.options import NETWORK, VM
 from atoll.cli.output import age, emit, format_option, print_description, print_table
+from atoll.errors import InvalidInput
 from atoll.model.network import Mode, Network, NetworkInfo
-from atoll.model.requests import NetworkRequest, NicRequest
+from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest
 from atoll.model.spec import NicSpec
 from atoll.model.vm import Change
 
@@ -193,3 +194,34 @@ def detach(vm: str, network: str, format: Format) -> None:
         return await (await host.get(vm)).net_detach(network)
 
     tell_changes([perform(action)], format)
+
+
+@net_command.command("impair")
+@click.argument("vm", type=VM)
+@click.option("--network", type=NETWORK, help="On which network, when it is on several.")
+@click.option("--loss", metavar="PERCENT", default="0", help="Packets that are lost in each direction, such as 5%.")
+@click.option("--rate", metavar="RATE", default="0", help="What passes each way, such as 10Mbit; more is lost.")
+@click.option(
+    "--partition", "others", type=VM, multiple=True, metavar="VM", help="It can't reach this one. Repeatable."
+)
+@click.option("--clear", is_flag=True, help="Mend it.")
+def impair(vm: str, network: str | None, loss: str, rate: str, others: tuple[str, ...], clear: bool) -> None:
+    """Let a VM's cable work badly, to see what its programs do then. Each command takes the place of the one before.
+
+    \b
+    Examples:
+      atoll net impair db --partition web
+      atoll net impair db --loss 5% --rate 10Mbit
+      atoll net impair db --clear
+    """
+    from atoll.cli.options import parse_percent, parse_rate
+    from atoll.cli.session import perform
+
+    request = ImpairRequest(network=network, loss=parse_percent(loss), rate=parse_rate(rate), cut_from=others)
+    if clear is (request != ImpairRequest(network=network)):
+        raise InvalidInput("what shall the cable do?", next_step="Say --loss, --rate or --partition; or else --clear.")
+
+    async def action(host: "AsyncHost") -> None:
+        await (await host.get(vm)).net_impair(request)
+
+    perform(action)

@@ -198,6 +198,22 @@ def parse_nics(texts: Iterable[str]) -> tuple[NicRequest, ...]:
     return tuple(nics)
 
 
+def parse_percent(text: str) -> float:
+    """`5%`, or `5`."""
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise InvalidInput(f"'{text}' is no percentage", next_step="Write it like 5%.") from None
+
+
+def parse_rate(text: str) -> int:
+    """`10Mbit`, `500kbit`, `1Gbit`: bytes a second."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([kmg]?)bit)?", text, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise InvalidInput(f"'{text}' is no rate", next_step="Write it like 10Mbit.")
+    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[(match[2] or "").lower()] / 8)
+
+
 def read_text(path: str, *, option: str) -> str:
     """The text of a file; of standard input for `-`. Raises `StorageFailed` too."""
     try:

@@ -13,10 +13,14 @@ import secrets
 import signal
 from collections.abc import Sequence
 
+import msgspec
+from msgspec.structs import replace
+
+from atoll.errors import WrongState
 from atoll.host import files, namespace, network_text, uplink
 from atoll.host.network_text import Port
 from atoll.layout import NetworkPaths
-from atoll.model.network import Attached, Network
+from atoll.model.network import Attached, Impairment, Network
 
 
 def is_up(paths: NetworkPaths) -> bool:
@@ -38,6 +42,7 @@ async def ensure(network: Network, paths: NetworkPaths, attached: Sequence[Attac
 
 def _write_all(network: Network, paths: NetworkPaths, attached: Sequence[Attached]) -> None:
     files.make_folder(paths.run)
+    paths.impairments.unlink(missing_ok=True)
     with contextlib.suppress(FileExistsError):
         os.mkfifo(paths.alive, 0o600)
     with contextlib.suppress(FileNotFoundError):
@@ -67,7 +72,7 @@ def tell_names(network: Network, paths: NetworkPaths, attached: Sequence[Attache
         os.killpg(holder.pid, signal.SIGHUP)
 
 
-async def add_tap(holder: int, mac: str, address: str) -> int:
+async def add_tap(holder: int, paths: NetworkPaths, mac: str, address: str) -> int:
     """A tap on the bridge, guarded, as an open descriptor: it goes with that. Raises `NetworkFailed`, `ProcessFailed`.
 
     Its name is never given again, so that guards of a tap that is gone let nobody in.
@@ -77,11 +82,36 @@ async def add_tap(holder: int, mac: str, address: str) -> int:
     try:
         script = f"ip -batch - && ip -j link show master {network_text.BRIDGE}"
         shown = await namespace.run(holder, "sh", "-c", script, stdin=network_text.joined(port))
-        await namespace.run(holder, "nft", "-f", "-", stdin=network_text.guards(network_text.ports_of(shown.stdout)))
+        await _guard(holder, paths, network_text.ports_of(shown.stdout))
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+async def _guard(holder: int, paths: NetworkPaths, ports: Sequence[Port]) -> None:
+    text = network_text.guards(ports, impairments(paths))
+    await namespace.run(holder, "nft", "-f", "-", stdin=text)
+
+
+def impairments(paths: NetworkPaths) -> list[Impairment]:
+    try:
+        return msgspec.json.decode(paths.impairments.read_bytes(), type=list[Impairment])
+    except FileNotFoundError:
+        return []
+
+
+async def impair(paths: NetworkPaths, wanted: Impairment) -> None:
+    """From now on the card's cable does this wrong, and nothing else. Raises `WrongState` when it is down."""
+    holder = namespace.holder_of(paths)
+    if holder is None:
+        raise WrongState("the network is down", "no VM on it has started", "Start one.")
+    others = [each for each in impairments(paths) if each.mac != wanted.mac]
+    # A cut is one thing for both of its ends.
+    others = [replace(each, cut_from=tuple(mac for mac in each.cut_from if mac != wanted.mac)) for each in others]
+    everything = [each for each in (*others, wanted) if each != Impairment(mac=each.mac)]
+    files.write_atomically(paths.impairments, msgspec.json.encode(everything))
+    await _guard(holder.pid, paths, await taps(holder.pid))
 
 
 async def taps(holder: int) -> list[Port]:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from atoll.model.network import Attached, Network
+from atoll.model.network import Attached, Impairment, Network
 
 BRIDGE, UPLINK = "br0", "up0"
 LEASE_TIME = "1h"
+BURST = 128 * 1024
+"""Bytes that pass at once on a slow cable: two packets of the largest kind that guests hand over."""
 
 
 class Port(Struct, frozen=True, kw_only=True):
@@ -20,10 +22,14 @@ class Port(Struct, frozen=True, kw_only=True):
 
 
 def links(network: Network) -> str:
-    """For `ip -batch`: the bridge, with the network's own address. No VM may be a part of a spanning tree."""
+    """For `ip -batch`: the bridge, with the network's own address. No VM may be a part of a spanning tree.
+
+    Without a hardware address of its own the bridge has that of a tap, and another one when that goes.
+    """
     prefix = network.subnet.partition("/")[2]
+    mac = ":".join(["02", *(network.id[index : index + 2] for index in range(0, 10, 2))])
     return f"""link set lo up
-link add {BRIDGE} type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+link add {BRIDGE} address {mac} type bridge stp_state 0 forward_delay 0 mcast_snooping 0
 addr add {network.gateway}/{prefix} dev {BRIDGE}
 link set {BRIDGE} up
 """
@@ -57,10 +63,10 @@ def rules(network: Network) -> str:
 {guards([])}"""
 
 
-def guards(ports: Sequence[Port]) -> str:
+def guards(ports: Sequence[Port], impairments: Sequence[Impairment] = ()) -> str:
     """For nft: the table that lets out of each tap only what its card may say. It takes the place of the one before.
 
-    What isn't IPv4 or ARP isn't let through. A guest can't answer for DHCP.
+    What isn't IPv4 or ARP isn't let through. A guest can't answer for DHCP. Cables that work badly do so here, too.
     """
     macs = ", ".join(f'"{port.tap}" . {port.mac}' for port in ports)
     addresses = ", ".join(f'"{port.tap}" . {port.mac} . {port.address}' for port in ports)
@@ -83,8 +89,37 @@ table bridge atoll {{
         ether type ip ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
         ether type ip iifname . ether saddr . ip saddr @addresses accept
     }}
-}}
+{_impaired(ports, impairments)}}}
 """
+
+
+def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment]) -> str:
+    """Chains for what is lost on the way, before the guards and behind the bridge; nothing when nothing is."""
+    taps: dict[str, list[str]] = {}
+    for port in ports:
+        taps.setdefault(port.mac, []).append(port.tap)
+    both: list[str] = []
+    cuts: list[str] = []
+    for each in impairments:
+        for tap in taps.get(each.mac, ()):
+            others = [other for mac in each.cut_from for other in taps.get(mac, ())]
+            cuts += [f'"{a}" . "{b}"' for other in others for a, b in ((tap, other), (other, tap))]
+            if each.loss:
+                both.append(f'name "{tap}" numgen random mod 10000 < {round(each.loss * 100)} drop')
+            if each.rate:
+                burst = max(BURST, each.rate // 10)
+                both.append(f'name "{tap}" limit rate over {each.rate} bytes/second burst {burst} bytes drop')
+    chains = [("to_network", "prerouting", -310, [f"iif{rule}" for rule in both])]
+    chains += [("to_guests", "postrouting", 0, [f"oif{rule}" for rule in both])]
+    if cuts:
+        chains += [("between", "forward", 0, [f"iifname . oifname {{ {', '.join(sorted(set(cuts)))} }} drop"])]
+    return "".join(
+        f"    chain {name} {{\n        type filter hook {hook} priority {priority};\n"
+        + "".join(f"        {rule}\n" for rule in rules)
+        + "    }\n"
+        for name, hook, priority, rules in chains
+        if rules
+    )
 
 
 def joined(port: Port) -> str:

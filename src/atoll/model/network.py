@@ -35,6 +35,18 @@ class Attached(Struct, frozen=True, kw_only=True):
     address: str
 
 
+class Impairment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How badly a card's cable works, in both directions. The card is named by its hardware address."""
+
+    mac: str
+    loss: float = 0
+    """Packets that are lost, of 100."""
+    rate: int = 0
+    """Bytes a second that pass in each direction; 0 for all."""
+    cut_from: tuple[str, ...] = ()
+    """Cards that it can't reach, nor they it."""
+
+
 class NetworkInfo(Struct, frozen=True, kw_only=True):
     """A network as `net ls` and `net show` tell it."""
 

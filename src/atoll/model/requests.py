@@ -55,6 +55,19 @@ class NetworkRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """`NAME.atoll` when None."""
 
 
+class ImpairRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a VM's cable on a network shall do wrong; it takes the place of what it did wrong before."""
+
+    network: str | None = None
+    """None for the only one that it is on."""
+    loss: float = 0
+    """Packets that are lost, of 100."""
+    rate: int = 0
+    """Bytes a second in each direction; 0 for all."""
+    cut_from: tuple[str, ...] = ()
+    """VMs on the network that it can't reach, nor they it."""
+
+
 class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A new VM. What is None comes from the image, else from Atoll's defaults."""
 

@@ -67,7 +67,6 @@ for card in /sys/class/net/*; do
     [ -n "$gateway" ] && ip route replace default via "$gateway" dev "$name"
     # Whoever asks for addresses has the old one in mind.
     if [ -x /usr/lib/atoll/network ]; then
-        pkill -f "udhcpc .*-i $name "
         /usr/lib/atoll/network "$name"
     elif networkctl status "$name" >/dev/null 2>&1; then
         networkctl reconfigure "$name"

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Iterable
 
 from msgspec.structs import replace
 
-from atoll.errors import NotFound
+from atoll.errors import InvalidInput, NotFound
 from atoll.model.names import find
-from atoll.model.network import Network, NetworkInfo
+from atoll.model.network import Impairment, Network, NetworkInfo
+from atoll.model.requests import ImpairRequest
 from atoll.model.spec import NOWHERE, NicSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations.services import Services
@@ -130,7 +131,32 @@ async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
         holder = await world.ensure(network, paths, services.records.attached(network.id).get(network.id, ()))
         if network.mode == "nat":
             await network_ports.publish_all(paths, vm.name, nic)
-        return await world.add_tap(holder, nic.mac, nic.address)
+        return await world.add_tap(holder, paths, nic.mac, nic.address)
+
+
+async def impair(vm: Vm, request: ImpairRequest, *, services: Services) -> None:
+    """Let a VM's cable work badly until the network goes down. Raises `NotFound`, `InvalidInput`, `WrongState`."""
+    from atoll.host import network as world
+
+    on = [nic for nic in vm.spec.nics if nic.network]
+    wanted = None if request.network is None else find_network(services, request.network).id
+    on = [nic for nic in on if wanted in (None, nic.network)]
+    if not on:
+        raise NotFound(f"{vm.name} isn't on that network", next_step=f"`atoll show {vm.name}` tells its cards.")
+    if len(on) > 1:
+        raise InvalidInput(f"{vm.name} is on {len(on)} networks", next_step="Say which with --network.")
+    if not 0 <= request.loss <= 100 or request.rate < 0:
+        raise InvalidInput("no cable can do that", "it loses 0 to 100 %", "Write it like --loss 5%.")
+    (nic,) = on
+    assert nic.network
+    async with locked(services, [nic.network]):
+        macs = {each.vm: each.mac for each in services.records.attached(nic.network).get(nic.network, ())}
+        for other in request.cut_from:
+            if other not in macs or other == vm.name:
+                raise NotFound(f"'{other}' isn't another VM on that network", next_step=f"There are {', '.join(macs)}.")
+        cut_from = tuple(macs[other] for other in request.cut_from)
+        impairment = Impairment(mac=nic.mac, loss=request.loss, rate=request.rate, cut_from=cut_from)
+        await world.impair(services.layout.network(nic.network), impairment)
 
 
 async def tell_names(services: Services, network_ids: Iterable[str]) -> None:

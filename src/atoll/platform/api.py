@@ -18,6 +18,7 @@ from atoll.model.requests import (
     BuildRequest,
     CreateRequest,
     DiskRequest,
+    ImpairRequest,
     ImportRequest,
     NetworkRequest,
     NicRequest,
@@ -145,6 +146,9 @@ class AsyncVm(Protocol):
 
     async def net_detach(self, network: str) -> Change:
         """Take the card on a network away, at once where the guest lets go of it."""
+
+    async def net_impair(self, request: ImpairRequest) -> None:
+        """Let its cable on a network lose packets, be slow, or not reach others; `ImpairRequest()` mends it."""
 
     async def snapshot(
         self,

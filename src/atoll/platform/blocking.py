@@ -198,6 +198,7 @@ class Vm(_Handle[AsyncVm]):
     disk_resize = _blocking(AsyncVm.disk_resize)
     net_attach = _blocking(AsyncVm.net_attach)
     net_detach = _blocking(AsyncVm.net_detach)
+    net_impair = _blocking(AsyncVm.net_impair)
     snapshot = _blocking(AsyncVm.snapshot)
     history = _blocking(AsyncVm.history)
     restore = _blocking(AsyncVm.restore)

@@ -11,7 +11,7 @@ from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
 from atoll.model.backup import Backup
 from atoll.model.difference import Difference
-from atoll.model.requests import DiskRequest, NicRequest, SetRequest
+from atoll.model.requests import DiskRequest, ImpairRequest, NicRequest, SetRequest
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
 from atoll.model.state import require
@@ -258,6 +258,11 @@ class LocalVm:
         from atoll.operations.networks import find_network
 
         return await detach(self._record(), find_network(self._services, network), services=self._services)
+
+    async def net_impair(self, request: ImpairRequest) -> None:
+        from atoll.operations.networks import impair
+
+        await impair(self._record(), request, services=self._services)
 
     async def snapshot(
         self,

@@ -1,6 +1,7 @@
 """Networks without a kernel: which names, subnets and addresses they may have, and what their programs are told.
 
-To take over a change that is meant: `ATOLL_UPDATE_GOLDEN=1 ./dev test tests/unit/test_networks.py`, then read the diff.
+To take over a change that is meant: `ATOLL_UPDATE_GOLDEN=1 ./dev test tests/unit/test_network_texts.py`, then read
+the diff.
 """
 
 import os
@@ -9,12 +10,12 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from atoll.cli.options import parse_nics
+from atoll.cli.options import parse_nics, parse_percent, parse_rate
 from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
 from atoll.host import network_text
 from atoll.host.network_text import Port
 from atoll.model import subnets
-from atoll.model.network import Attached, Network
+from atoll.model.network import Attached, Impairment, Network
 from atoll.model.requests import CreateRequest, NicRequest
 from atoll.model.spec import NicSpec, PortSpec, VmSpec
 from atoll.model.vm import Vm
@@ -38,6 +39,8 @@ CARDS = [
 ]
 PORTS = [Port(tap=f"t{number}", mac=card.mac, address=card.address) for number, card in enumerate(CARDS)]
 
+IMPAIRED = Impairment(mac=CARDS[0].mac, loss=2.5, rate=1250000, cut_from=(CARDS[1].mac, "52:54:00:00:00:99"))
+
 
 def told(network: Network) -> dict[str, str]:
     upstream = "198.19.255.3" if network.mode == "nat" else None
@@ -45,6 +48,7 @@ def told(network: Network) -> dict[str, str]:
         "links": network_text.links(network),
         "rules": network_text.rules(network),
         "guards": network_text.guards(PORTS),
+        "impaired": network_text.guards(PORTS, [IMPAIRED]),
         "joined": network_text.joined(PORTS[0]),
         "dns": network_text.dns(network, hosts="/run/hosts", upstream=upstream),
         "dhcp": network_text.dhcp(network, leases="/run/leases"),
@@ -117,6 +121,13 @@ def test_networks_on_the_command_line() -> None:
     )
     with pytest.raises(InvalidInput, match="there is no 'ip'"):
         parse_nics(["lab,ip=10.9.0.7"])
+
+
+def test_what_cables_do_wrong_on_the_command_line() -> None:
+    assert (parse_percent("5%"), parse_percent("0.5"), parse_rate("10Mbit"), parse_rate("8")) == (5, 0.5, 1250000, 1)
+    for parse, text in ((parse_percent, "much"), (parse_rate, "10 MB"), (parse_rate, "")):
+        with pytest.raises(InvalidInput):
+            parse(text)
 
 
 def cards(*nics: NicRequest, **options: object) -> tuple[NicSpec, ...]:
