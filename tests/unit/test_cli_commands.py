@@ -161,7 +161,7 @@ def test_show_tells_what_is_confined_less_than_it_should_be() -> None:
     isolation = Isolation(level="standard", barriers=(Barrier(name="network helper", holds=False, why=why),))
     assert WEB.run is not None
     told = VmInfo(vm=replace(WEB, run=replace(WEB.run, isolation=isolation)), phase=Phase.RUNNING)
-    assert dict(_description(told))["Isolation"] == f"standard\nnetwork helper: no: {why}"
+    assert dict(_description(told, networks={}))["Isolation"] == f"standard\nnetwork helper: no: {why}"
 
 
 def test_errors_are_an_object_where_json_is_wanted(run: Run) -> None:
