@@ -21,7 +21,7 @@ from typing import Any
 
 libc = ctypes.CDLL(None, use_errno=True)
 Targets = dict[str, Any]
-REFUSED = {errno.EPERM, errno.EACCES, errno.ENOSYS}
+REFUSED = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ESRCH}
 AF_UNIX, AF_INET, STREAM, DATAGRAM, RAW = 1, 2, 1, 2, 3
 
 
@@ -161,6 +161,11 @@ def clone_into_namespace(targets: Targets) -> None:
         os.waitpid(child, 0)
 
 
+def by_handle(targets: Targets) -> None:
+    """A made-up handle of 8 bytes, on the root's file system."""
+    call(304, os.open("/", os.O_RDONLY), struct.pack("<Ii8x", 8, 1), 0)
+
+
 def uring(targets: Targets) -> None:
     os.close(call(425, 4, ctypes.create_string_buffer(120)))
 
@@ -193,11 +198,11 @@ ATTACKS: dict[str, Callable[[Targets], Any]] = {
     "performance counters": lambda t: call(298, None, 0, -1, -1, 0),
     "new user namespace": new_user_namespace,
     "clone into a user namespace": clone_into_namespace,
-    "mount": lambda t: call(165, b"none", b"/nowhere", b"nothing", 0, None),
+    "mount": lambda t: call(165, b"none", b"/", b"nothing", 0, None),
     "become root": lambda t: call(105, 0) if os.getuid() else call(117, 0, 0, 0),
     "load a kernel module": lambda t: call(175, None, 0, None),
     "load another kernel": lambda t: call(246, 0, ctypes.c_ulong(99), None, ctypes.c_ulong(0xFFFF)),
-    "open a file by its handle": lambda t: call(304, -100, None, 0),
+    "open a file by its handle": by_handle,
     "fork bomb": fork_bomb,
     "thread bomb": thread_bomb,
     "twice its memory": take_memory,

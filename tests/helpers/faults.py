@@ -7,9 +7,9 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from atoll.host import facts
 from atoll.model.vm import Vm
 from atoll.operations import engine
+from atoll.operations.boot import engines_of
 from atoll.operations.registry import VERBS
 from tests.helpers.tool import Point
 
@@ -55,7 +55,7 @@ def kill_recorded(vm: Vm) -> None:
 
 def kill_qemu(vm: Vm) -> None:
     """All that were started for the VM, recorded or not."""
-    for pid in facts.scan_for(vm.uuid, after="-uuid"):
+    for pid in engines_of(vm):
         with contextlib.suppress(ProcessLookupError):
             kill(pid)
 

@@ -89,7 +89,7 @@ async def _of_process(services: Services, vm: Vm) -> list[str]:
     if phase in (Phase.RUNNING, Phase.PAUSED) and not found:
         async with Monitor(connect(services.layout.vm(vm.id).socket("control"))) as monitor:
             found = await _of_devices(vm, monitor)
-        return found + _of_networks(services.layout, vm)
+        return found + _of_ports(services.layout, vm)
     return found
 
 
@@ -107,7 +107,7 @@ async def _of_devices(vm: Vm, monitor: Monitor) -> list[str]:
     ]
 
 
-def _of_networks(layout: Layout, vm: Vm) -> list[str]:
+def _of_ports(layout: Layout, vm: Vm) -> list[str]:
     found = []
     for nic in vm.spec.nics:
         if nic.network is not None:

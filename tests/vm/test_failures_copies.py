@@ -10,9 +10,9 @@ from tests.helpers.copying import ACTS, check_made, cleared, content, grown, kep
 from tests.helpers.machines import Factory
 
 from atoll.errors import AtollError
-from atoll.host import facts
 from atoll.model.operation import Progress
 from atoll.model.state import Phase
+from atoll.operations.boot import engines_of
 from atoll.operations.merge import merge
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(500), pytest.mark.usefixtures("short_chains")]
@@ -40,7 +40,7 @@ async def test_a_copy_that_dies_at_any_step_is_told_or_can_be_started(source: st
 
         def die() -> None:
             copy = next(vm for vm in factory.host._services.records.vms() if vm.name == "copy")
-            assert facts.scan_for(copy.uuid, after="-uuid")
+            assert engines_of(copy)
             faults.kill_qemu(copy)
 
         with faults.at(point, die) as reached, contextlib.suppress(AtollError):
