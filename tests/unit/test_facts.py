@@ -96,3 +96,22 @@ def test_control_groups_that_are_writable_can_be_divided() -> None:
     groups = kernel.cgroups()
     assert groups.writable <= groups.controllers
     assert (groups.version == 0) == (not groups.controllers)
+
+
+def test_threads_are_found_by_their_own_numbers() -> None:
+    threads = facts.threads_by_own_number(os.getpid())
+    assert threads[os.getpid()] == os.getpid()
+    assert facts.threads_by_own_number(2**22 + 1) == {}
+    confined = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--kill-child", "sleep", "60"] if os.geteuid() == 0 else ["sleep", "60"]
+    )
+    try:
+        children = Path(f"/proc/{confined.pid}/task/{confined.pid}/children")
+        while os.geteuid() == 0 and not (found := children.read_text().split()):
+            time.sleep(0.01)
+        inner = int(found[0]) if os.geteuid() == 0 else confined.pid
+        assert set(facts.threads_by_own_number(inner).values()) == {inner}
+        assert os.geteuid() != 0 or set(facts.threads_by_own_number(inner)) == {1}
+    finally:
+        confined.kill()
+        confined.wait()

@@ -3,6 +3,7 @@
 Imported by every command, so nothing slow is imported here. Field numbers and file names are those of proc(5).
 """
 
+import contextlib
 import os
 from functools import cache
 from pathlib import Path
@@ -215,6 +216,19 @@ def memory_private(pid: int) -> int:
     except OSError as error:
         raise from_os_error(error, f"read {path}") from error
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
+def threads_by_own_number(pid: int) -> dict[int, int]:
+    """A process's threads on this host, by the numbers that it knows them by itself, in a pid namespace of its own
+    (`NSpid` in proc_pid_status(5)); empty when it is gone.
+    """
+    found = {}
+    with contextlib.suppress(OSError):
+        for thread in (PROC / f"{pid}/task").iterdir():
+            status = (thread / "status").read_text(errors="replace")
+            line = next((line for line in status.splitlines() if line.startswith("NSpid:")), f"NSpid: {thread.name}")
+            found[int(line.split()[-1])] = int(thread.name)
+    return found
 
 
 def thread_ran(pid: int, thread: int) -> float | None:

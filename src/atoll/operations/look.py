@@ -80,7 +80,10 @@ async def _press(vm: Vm, chords: list[list[str]], services: Services) -> None:
     for start in range(0, len(chords), 25):
         # A new connection now and then lets others ask in between.
         async with _monitor(services, vm) as monitor:
-            processors = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
+            assert vm.run is not None
+            threads = facts.threads_by_own_number(vm.run.pid)
+            told = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
+            processors = [threads[number] for number in told if number in threads]
             for codes in chords[start : start + 25]:
                 for down in (True, False):
                     order = codes if down else codes[::-1]
