@@ -87,6 +87,11 @@ def outer_address() -> str:
         return str(probe.getsockname()[0])
 
 
+async def reaches(vm: Machine, name: str) -> None:
+    """By its name. On a busy computer an answer may come too late, and isn't asked for again by the guest's library."""
+    await vm.sh(f"for i in 1 2 3 4; do ping -c 1 -W 5 {name} && exit 0; sleep 1; done; exit 1")
+
+
 async def test_three_vms_find_each_other_by_name(hosts: Factory) -> None:
     lab = await hosts.host.networks.create("lab")
     await hosts.host.networks.create("other")
@@ -99,20 +104,21 @@ async def test_three_vms_find_each_other_by_name(hosts: Factory) -> None:
     await address_of(cache, 1)
 
     for name in ("db", "cache", "db.lab.atoll"):
-        assert "1 packets received" in await web.sh(f"ping -c 1 -W 5 {name}")
-    await cache.sh("ping -c 1 -W 5 web && ping -c 1 -W 5 stranger")
+        await reaches(web, name)
+    await reaches(cache, "web")
+    await reaches(cache, "stranger")
     assert "default" not in await web.sh("ip route"), "a private network leads nowhere"
 
     # A cable that works badly, while they run.
     await web.net_impair(ImpairRequest(cut_from=("db",)))
     assert (await web.exec(["ping", "-c", "1", "-W", "1", "db"])).exit_code != 0
     assert (await db.exec(["ping", "-c", "1", "-W", "1", "web"])).exit_code != 0
-    await web.sh("ping -c 1 -W 5 cache")
+    await reaches(web, "cache")
     await db.net_impair(ImpairRequest(loss=20))
     said = await cache.sh(f"ping -c 40 -i 0.1 -W 1 {await address_of(db)}; true")
     assert "100% packet loss" not in said and " 0% packet loss" not in said
     await db.net_impair(ImpairRequest())
-    await web.sh("ping -c 1 -W 5 db")
+    await reaches(web, "db")
     with pytest.raises(InvalidInput, match="is on 2 networks"):
         await cache.net_impair(ImpairRequest(loss=1))
 
@@ -124,7 +130,7 @@ async def test_three_vms_find_each_other_by_name(hosts: Factory) -> None:
 
     # Names follow the machines.
     await db.rename("base")
-    await web.sh("ping -c 1 -W 5 base")
+    await reaches(web, "base")
     await forgotten(web, "db.lab.atoll")
     with pytest.raises(WrongState, match="base, cache, web are on it"):
         await hosts.host.networks.rm("lab")
@@ -139,7 +145,7 @@ async def test_three_vms_find_each_other_by_name(hosts: Factory) -> None:
         await vm.stop(force=True)
         await vm.start(wait=True)
         await address_of(vm)
-    await web.sh("ping -c 1 -W 5 base")
+    await reaches(web, "base")
 
 
 async def test_a_card_comes_and_goes_while_it_runs(hosts: Factory) -> None:
@@ -149,7 +155,7 @@ async def test_a_card_comes_and_goes_while_it_runs(hosts: Factory) -> None:
     nic, change = await late.net_attach(NicRequest(network="lab", address="10.99.7.9", mac="52:54:00:aa:bb:cc"))
     assert (nic.address, change.when) == ("10.99.7.9", "now")
     await address_of(late, 1)
-    await web.sh("ping -c 1 -W 5 late.lab.example")
+    await reaches(web, "late.lab.example")
     with pytest.raises(AlreadyExists, match="is on the network 'lab' already"):
         await late.net_attach("lab")
 
@@ -164,7 +170,7 @@ async def test_a_card_comes_and_goes_while_it_runs(hosts: Factory) -> None:
     await late.net_attach("lab")
     await late.start(wait=True)
     await address_of(late, 1)
-    await web.sh("ping -c 1 -W 5 late")
+    await reaches(web, "late")
 
     # A copy has addresses of its own.
     copy = hosts.machine(await late.clone("copy"))

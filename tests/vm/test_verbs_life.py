@@ -143,7 +143,7 @@ async def test_waiting_for_text_for_ready_and_for_the_end(factory: Factory) -> N
         await vm.wait("ready", timeout=5)
     await vm.start()
     assert await vm.wait("ready", timeout=120) == "ready"
-    text = asyncio.create_task(vm.wait(text=r"hello \d+", timeout=60))
+    text = asyncio.create_task(vm.wait(text=r"hello \d\d", timeout=60))
     await vm.sh("echo hello 42 > /dev/ttyS0")
     assert await text == "hello 42"
     with pytest.raises(TimedOut, match=r"'never said' wasn't said within 0\.5 s"):
