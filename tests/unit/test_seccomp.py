@@ -31,6 +31,9 @@ def answer(program: bytes, number: int, arguments: tuple[int, ...] = (), *, arch
         if operation == 0x20:
             accumulator = struct.unpack_from("<I", data, operand)[0]
             continue
+        if operation == 0x54:
+            accumulator &= operand
+            continue
         taken = {0x15: accumulator == operand, 0x35: accumulator >= operand, 0x45: bool(accumulator & operand)}
         at += true if taken[operation] else false
 
@@ -57,6 +60,13 @@ def test_threads_may_be_made_but_no_namespaces() -> None:
     assert answer(FILTER, clone, (thread_flags,)) == ALLOW
     assert answer(FILTER, clone, (0x10000000 | 17,)) == DENY_EPERM
     assert answer(FILTER, clone3) == DENY_ENOSYS
+
+
+def test_memory_that_no_limit_counts_is_refused() -> None:
+    private, shared, anonymous = 2, 1, 0x20
+    assert answer(FILTER, 9, (0, 4096, 3, private | anonymous)) == ALLOW
+    assert answer(FILTER, 9, (0, 4096, 3, shared)) == ALLOW
+    assert answer(FILTER, 9, (0, 4096, 3, shared | anonymous)) == DENY_EPERM
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -3,6 +3,9 @@
 Found in this order: the second version where this user may divide its group, else the first version controller by
 controller, else nothing. Groups are folders, named `atoll/VM.START` below our own: while a VM is restored it has two
 QEMUs for a moment, each with its own.
+
+Memory isn't bounded here: the kernel would count files in memory that QEMU writes for us (templates of forks, a home on
+a tmpfs) against the VM, and end it for them.
 """
 
 import contextlib
@@ -20,8 +23,6 @@ FOLDER = "atoll"
 class Wanted(Struct, frozen=True, kw_only=True):
     """Upper bounds for all processes of a VM together."""
 
-    memory: int
-    """Bytes."""
     processes: int
     """Threads count as well."""
     cpus: int
@@ -34,7 +35,7 @@ class Groups(Struct, frozen=True, kw_only=True):
     entrances: tuple[str, ...] = ()
     version: int = 0
     bounded: frozenset[str] = frozenset()
-    """Of `memory`, `pids` and `cpu`."""
+    """Of `pids` and `cpu`."""
     why: str = ""
     """What kept the others from being made."""
 
@@ -70,14 +71,13 @@ def make(vm_id: str, wanted: Wanted) -> Groups:
 
 def _settings_of_first(wanted: Wanted) -> dict[str, tuple[tuple[str, str], ...]]:
     return {
-        "memory": (("memory.limit_in_bytes", str(wanted.memory)),),
         "pids": (("pids.max", str(wanted.processes)),),
         "cpu": (("cpu.cfs_quota_us", str(wanted.cpus * 100_000)),),
     }
 
 
 def _make_second(base: Path, name: str, wanted: Wanted) -> Groups:
-    folder, controllers = base / FOLDER / name, ("memory", "pids", "cpu")
+    folder, controllers = base / FOLDER / name, ("pids", "cpu")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for above in (base, base / FOLDER):
@@ -85,8 +85,6 @@ def _make_second(base: Path, name: str, wanted: Wanted) -> Groups:
             lacking = [f"+{each}" for each in controllers if each not in enabled]
             if lacking:
                 (above / "cgroup.subtree_control").write_text(" ".join(lacking))
-        (folder / "memory.max").write_text(str(wanted.memory))
-        (folder / "memory.oom.group").write_text("1")
         (folder / "pids.max").write_text(str(wanted.processes))
         (folder / "cpu.max").write_text(f"{wanted.cpus * 100_000} 100000")
     except OSError as error:
@@ -99,7 +97,7 @@ def remove(vm_id: str) -> None:
     """Remove the groups of a VM whose processes have ended. One that isn't empty stays until a later call."""
     ours = kernel.own_groups()
     for controller, mount in kernel.cgroup_mounts().items():
-        if controller in ours and controller in ("", "memory", "pids", "cpu"):
+        if controller in ours and controller in ("", "pids", "cpu"):
             for folder in (mount / ours[controller].lstrip("/") / FOLDER).glob(f"{vm_id}.*"):
                 _remove(folder)
 

@@ -80,7 +80,7 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
     namespaces = _namespaces()
     no_ids = _no_ids(wanted.id) if root or namespaces.usable else namespaces.why
     ids = None if no_ids else own_ids(wanted.id)
-    groups = cgroups.make(wanted.id, cgroups.Wanted(memory=wanted.memory, processes=wanted.threads, cpus=wanted.cpus))
+    groups = cgroups.make(wanted.id, cgroups.Wanted(processes=wanted.threads, cpus=wanted.cpus))
     jail = Jail(
         namespaces=namespaces.usable,
         user_namespace=namespaces.usable and not root,
@@ -90,9 +90,7 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         writes_tracked=wanted.writes_tracked and root and namespaces.usable and Path(USERFAULTFD).exists(),
         landlock=landlock,
         filtered=kernel.seccomp_filters() and seccomp.known(),
-        limits=_limits(
-            wanted, alone=ids is not None or (namespaces.usable and not root), grouped="memory" in groups.bounded
-        ),
+        limits=_limits(wanted, alone=ids is not None or (namespaces.usable and not root)),
         groups=groups.entrances,
     )
     barriers = _barriers(jail, namespaces=namespaces, no_ids=no_ids, groups=groups)
@@ -115,7 +113,7 @@ def _namespaces() -> kernel.Feature:
     return kernel.Feature(usable=not refused, why=refused)
 
 
-def _limits(wanted: Wanted, *, alone: bool, grouped: bool) -> tuple[tuple[int, int], ...]:
+def _limits(wanted: Wanted, *, alone: bool) -> tuple[tuple[int, int], ...]:
     limits = [
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, largest_file(wanted.guest_data)),
@@ -126,9 +124,8 @@ def _limits(wanted: Wanted, *, alone: bool, grouped: bool) -> tuple[tuple[int, i
     if alone:
         # Counted for each user; in a user namespace for the user in there.
         limits.append((resource.RLIMIT_NPROC, wanted.threads))
-    if not grouped:
-        # Private writable memory, which is what the guest's RAM is as well.
-        limits.append((resource.RLIMIT_DATA, wanted.memory + UNTOUCHED))
+    # Private writable memory, which is what the guest's RAM is as well. The filter forbids the other kinds.
+    limits.append((resource.RLIMIT_DATA, wanted.memory + UNTOUCHED))
     return tuple(limits)
 
 
@@ -137,7 +134,6 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
         return Barrier(name=name, holds=holds, why=rests_on if holds else missing)
 
     own = jail.ids is not None
-    by_group = "memory" in groups.bounded
     counted = "pids" in groups.bounded
     numbered = any(kind == resource.RLIMIT_NPROC for kind, _ in jail.limits)
     first_version = f"control group, version {groups.version}"
@@ -148,7 +144,7 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
         barrier("no privileges", True, "no_new_privs", ""),
         barrier("system calls", jail.filtered, "seccomp, and QEMU's own", "no filter on this kernel or processor"),
         barrier("landlock", jail.landlock >= 6, f"version {jail.landlock}", kernel.landlock_lacks(jail.landlock)),
-        barrier("memory limit", True, first_version if by_group else "RLIMIT_DATA, without a control group", ""),
+        barrier("memory limit", jail.filtered, "RLIMIT_DATA", "it can be raised where no system calls are filtered"),
         barrier(
             "process limit",
             counted or numbered,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 ALLOW, DENY_EPERM, DENY_ENOSYS, KILL = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38, 0x80000000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_AND = 0x54
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
 """Where the fields are in `struct seccomp_data`; an argument has 8 bytes, its low half first."""
 NEW_NAMESPACES = 0x7E020080
@@ -40,9 +41,11 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171),
     "sethostname": (170, 161), "setdomainname": (171, 162), "mknodat": (259, 33), "mknod": (133, None),
     "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None), "uselib": (134, None),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
     "lookup_dcookie": (212, 18), "nfsservctl": (180, 42), "migrate_pages": (256, 238), "move_pages": (279, 239),
 }  # fmt: skip
 _CLONE, _CLONE3, _TGKILL, _PRLIMIT, _IOCTL = (56, 220), (435, 435), (234, 131), (302, 261), (16, 29)
+_MMAP, _SHARED_ANONYMOUS = (9, 222), 0x21
 _ARCHITECTURES = {
     "x86_64": (0xC000003E, 0),
     "amd64": (0xC000003E, 0),
@@ -79,8 +82,15 @@ def filter_program(*, own_pid: int, machine: str | None = None) -> bytes:
     code.if_argument(_PRLIMIT[column], 2, lambda inner: inner.unless(_EQUAL, 0, DENY_EPERM))
     code.if_argument(_PRLIMIT[column], 2, lambda inner: inner.unless(_EQUAL, 0, DENY_EPERM), high=True)
     code.if_argument(_IOCTL[column], 1, _deny_typing)
+    code.if_argument(_MMAP[column], 3, _deny_uncounted_memory)
     code.give(ALLOW)
     return code.assembled
+
+
+def _deny_uncounted_memory(code: "_Program") -> None:
+    """Shared memory without a file is no process's data, so no limit of a process holds for it."""
+    code.mask(_SHARED_ANONYMOUS)
+    code.when(_EQUAL, _SHARED_ANONYMOUS, DENY_EPERM)
 
 
 def _deny_typing(code: "_Program") -> None:
@@ -100,6 +110,9 @@ class _Program:
 
     def load(self, offset: int) -> None:
         self._add(_LOAD, offset)
+
+    def mask(self, bits: int) -> None:
+        self._add(_AND, bits)
 
     def give(self, answer: int) -> None:
         self._add(_RETURN, answer)
