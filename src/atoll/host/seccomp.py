@@ -41,7 +41,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171),
     "sethostname": (170, 161), "setdomainname": (171, 162), "mknodat": (259, 33), "mknod": (133, None),
     "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None), "uselib": (134, None),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
+    "memfd_secret": (447, 447), "shmget": (29, 194),
     "lookup_dcookie": (212, 18), "nfsservctl": (180, 42), "migrate_pages": (256, 238), "move_pages": (279, 239),
 }  # fmt: skip
 _CLONE, _CLONE3, _TGKILL, _PRLIMIT, _IOCTL = (56, 220), (435, 435), (234, 131), (302, 261), (16, 29)
