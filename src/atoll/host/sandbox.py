@@ -124,7 +124,7 @@ def _limits(wanted: Wanted, *, alone: bool) -> tuple[tuple[int, int], ...]:
     if alone:
         # Counted for each user; in a user namespace for the user in there.
         limits.append((resource.RLIMIT_NPROC, wanted.threads))
-    # Private writable memory, which is what the guest's RAM is as well. The filter forbids shared memory without a file.
+    # Private writable memory, which the guest's RAM is as well. The filter forbids shared memory without a file.
     limits.append((resource.RLIMIT_DATA, wanted.memory + UNTOUCHED))
     return tuple(limits)
 
