@@ -16,18 +16,14 @@ def known_rights(version: int) -> int:
     return sum(rights for since, rights in _FILES_BY_VERSION.items() if since <= version)
 
 
-def restrict(
-    version: int, *, programs: Iterable[str], readable: Iterable[int], devices: Iterable[str], network: bool = False
-) -> None:
+def restrict(version: int, *, programs: Iterable[str], readable: Iterable[int], devices: Iterable[str]) -> None:
     """From here on this process opens nothing but these: folders and files to read and execute, descriptors' files to
     read, devices to use. No TCP and, where the kernel can, no abstract sockets and signals to those outside.
-
-    With `network` TCP stays as it is.
     """
     rights = known_rights(version)
     ruleset = syscalls.landlock_ruleset(
         rights,
-        _BIND_AND_CONNECT_TCP if version >= 4 and not network else 0,
+        _BIND_AND_CONNECT_TCP if version >= 4 else 0,
         _ABSTRACT_SOCKETS_AND_SIGNALS if version >= 6 else 0,
         version=version,
     )

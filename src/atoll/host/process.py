@@ -43,7 +43,6 @@ PACKAGES = {
     "nsenter": "util-linux",
     "unshare": "util-linux",
     "setpriv": "util-linux",
-    "tc": "iproute2",
 }
 
 
