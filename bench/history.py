@@ -14,6 +14,7 @@ from typing import Any
 import atoll
 from atoll.host import facts
 from atoll.host.sockets import connect
+from atoll.model.isolation import IsolationLevel
 from atoll.model.requests import DiskRequest
 from atoll.model.spec import DiskSpec
 from atoll.operations.boot import Incoming, make_plan
@@ -40,11 +41,11 @@ GIB = 1 << 30
 class Side:
     """One VM of a 512 MiB guest that has touched its memory, and a snapshot of it."""
 
-    def __init__(self, ours: Atoll, folder: Path) -> None:
+    def __init__(self, ours: Atoll, folder: Path, *, name: str = NAME, isolation: IsolationLevel = "standard") -> None:
         self.ours = ours
         self.folder = folder
         self.host = atoll.connect(ours.layout).__enter__()
-        self.vm = self.host.run("tiny", name=NAME, memory="512MiB", timeout=120)
+        self.vm = self.host.run("tiny", name=name, memory="512MiB", isolation=isolation, timeout=120)
         self._sh(TOUCHED)
         self.vm.snapshot("kept")
         self.number = 0
@@ -74,7 +75,10 @@ class Side:
         return seconds
 
     def pause_by_hand(self) -> float:
-        """While the same is done by QMP commands; afterwards Atoll restores what it knows."""
+        """While the same is done by QMP commands, which a confined QEMU couldn't do: they name files by their paths.
+
+        Afterwards Atoll restores what it knows.
+        """
         memory, head = self.folder / "memory", self.folder / "head.qcow2"
         disk = self.vm.info().vm.spec.disks[0]
         argv = ["qemu-img", "create", "-q", "-f", "qcow2", head, str(disk.size)]
@@ -277,21 +281,23 @@ def figures(ours: Atoll, folder: Path, repetitions: int, tell: Callable[[str], N
     folder.mkdir()
     side = Side(ours, folder)
     try:
-        rows = [measure(case, tell) for case in _cases(side, repetitions, peers=peers)]
+        loose = Side(ours, folder, name=f"{NAME}-loose", isolation="none")
+        rows = [measure(case, tell) for case in _cases(side, loose, repetitions, peers=peers)]
         rows += backups(side, min(repetitions, 3))
         return [*rows, *(many_forks(side) if repetitions > 2 else ())]
     finally:
         side.close()
 
 
-def _cases(side: Side, repetitions: int, *, peers: bool) -> Iterator[Case]:
-    silences = {"atoll": side.pause, "raw": side.pause_by_hand}
+def _cases(side: Side, loose: Side, repetitions: int, *, peers: bool) -> Iterator[Case]:
+    silences = {"atoll": side.pause, "raw": loose.pause_by_hand}
     restores = {"atoll": side.restore, "raw": lambda: raw.resumed(side_whole)}
     if peers:
         silences["virsh"] = libvirt.pause
         restores["virsh"] = libvirt.restore
     with libvirt.touched(TOUCHED) if peers else contextlib.nullcontext():
         yield Case("longest silence in a live snapshot", repetitions, silences, (Goal("raw", plus=30),))
+        loose.vm.rm(force=True)
         side_whole = side.incoming(shared=False)
         yield Case("restore to running", repetitions, restores, (Goal("raw", 1.3),))
     by_hand = side.incoming(shared=True)
