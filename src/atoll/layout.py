@@ -133,6 +133,11 @@ class NetworkPaths:
         return self.run / "impairments.json"
 
     @property
+    def policy(self) -> Path:
+        """What the rules that hold were made from."""
+        return self.run / "policy.json"
+
+    @property
     def uplink(self) -> Path:
         """The socket that takes published ports."""
         return self.run / "uplink.sock"

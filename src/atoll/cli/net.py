@@ -1,4 +1,4 @@
-"""`net create`, `net ls`, `net show`, `net rm`, `net attach`, `net detach`, `net impair`: networks that VMs share."""
+"""`net create`, `ls`, `show`, `rm`, `attach`, `set`, `detach`, `impair`: networks that VMs share."""
 
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -6,12 +6,14 @@ import click
 
 from atoll.cli.change import tell_changes
 from atoll.cli.failures import Format
-from atoll.cli.options import NETWORK, VM
+from atoll.cli.net_group import group_command
+from atoll.cli.options import GROUP, NETWORK, VM
 from atoll.cli.output import age, emit, format_option, print_description, print_table
 from atoll.errors import InvalidInput
-from atoll.model.network import Mode, Network, NetworkInfo
-from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest
+from atoll.model.network import Attached, Mode, Network, NetworkInfo
+from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest, NicSetRequest
 from atoll.model.spec import NicSpec
+from atoll.model.units import format_rate
 from atoll.model.vm import Change
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ def net_command() -> None:
       atoll run tiny --name web --network lab
       atoll run tiny --name db --network lab -- ping -c 1 web
     """
+
+
+net_command.add_command(group_command)
 
 
 @net_command.command("create")
@@ -116,7 +121,7 @@ def show(network: str, format: Format) -> None:
     if format != "table":
         emit(found, format)
         return
-    cards = [f"{each.vm}.{found.network.domain}  {each.address}  {each.mac}" for each in found.attached]
+    cards = [_card(each, found.network) for each in found.attached]
     pairs = [
         ("Name", found.network.name),
         ("Id", found.network.id),
@@ -128,6 +133,13 @@ def show(network: str, format: Format) -> None:
         ("VMs", "\n".join(cards)),
     ]
     print_description([pair for pair in pairs if pair[1]])
+
+
+def _card(card: Attached, network: Network) -> str:
+    words = [f"{card.vm}.{network.domain}", card.address, card.mac]
+    words += [f"groups {'+'.join(card.groups)}"] if card.groups else []
+    words += [f"limit {format_rate(card.limit)}"] if card.limit else []
+    return "  ".join(words)
 
 
 @net_command.command("rm")
@@ -154,18 +166,21 @@ def rm(networks: tuple[str, ...], force: bool) -> None:
 @click.argument("network", type=NETWORK)
 @click.option("--address", metavar="IP", help="Its address there (default: a free one).")
 @click.option("--mac", help="The card's hardware address.")
+@click.option("--group", "groups", type=GROUP, multiple=True, help="A security group. Repeatable.")
+@click.option("--limit", metavar="RATE", default="0", help="What passes each way, such as 10Mbit (default: all).")
 @format_option
-def attach(vm: str, network: str, address: str | None, mac: str | None, format: Format) -> None:
+def attach(vm: str, network: str, groups: tuple[str, ...], limit: str, format: Format, **options: str | None) -> None:
     """Give a VM a card on NETWORK, at once where it can be while the VM runs.
 
     \b
     Examples:
       atoll net attach web lab
-      atoll net attach db lab --address 10.213.0.10
+      atoll net attach db lab --address 10.213.0.10 --group web
     """
+    from atoll.cli.options import parse_rate
     from atoll.cli.session import perform
 
-    request = NicRequest(network=network, address=address, mac=mac)
+    request = NicRequest(network=network, groups=groups, limit=parse_rate(limit), **options)
 
     async def action(host: "AsyncHost") -> tuple[NicSpec, Change]:
         return await (await host.get(vm)).net_attach(request)
@@ -175,6 +190,41 @@ def attach(vm: str, network: str, address: str | None, mac: str | None, format: 
         tell_changes([change], format)
     else:
         emit({"nic": nic, "change": change}, format)
+
+
+@net_command.command("set")
+@click.argument("vm", type=VM)
+@click.option("--network", type=NETWORK, help="On which network, when it is on several.")
+@click.option("--group", "groups", type=GROUP, multiple=True, help="Security groups that it has then. Repeatable.")
+@click.option("--no-groups", is_flag=True, help="None: VMs of the network reach it.")
+@click.option("--limit", metavar="RATE", help="What passes each way, such as 10Mbit; 0 for all.")
+@format_option
+def set_card(
+    vm: str, network: str | None, groups: tuple[str, ...], no_groups: bool, limit: str | None, format: Format
+) -> None:
+    """Give a VM's card other security groups or another limit. They hold at once.
+
+    \b
+    Examples:
+      atoll net set web --group web --group ssh
+      atoll net set web --network lab --limit 10Mbit
+      atoll net set web --no-groups
+    """
+    from atoll.cli.options import parse_rate
+    from atoll.cli.session import perform
+
+    if (groups and no_groups) or not (groups or no_groups or limit is not None):
+        raise InvalidInput("what shall hold for the card?", next_step="Say --group or else --no-groups, or --limit.")
+    request = NicSetRequest(
+        network=network,
+        groups=groups if groups or no_groups else None,
+        limit=None if limit is None else parse_rate(limit),
+    )
+
+    async def action(host: "AsyncHost") -> list[Change]:
+        return await (await host.get(vm)).net_set(request)
+
+    tell_changes(perform(action), format)
 
 
 @net_command.command("detach")

@@ -1,7 +1,7 @@
 """What `ip`, nft and dnsmasq are told for a network, as text. Pure: golden files check it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
@@ -63,10 +63,13 @@ def rules(network: Network) -> str:
 {guards([])}"""
 
 
-def guards(ports: Sequence[Port], impairments: Sequence[Impairment] = ()) -> str:
+def guards(
+    ports: Sequence[Port], impairments: Sequence[Impairment] = (), limits: Mapping[str, int] | None = None
+) -> str:
     """For nft: the table that lets out of each tap only what its card may say. It takes the place of the one before.
 
-    What isn't IPv4 or ARP isn't let through. A guest can't answer for DHCP. Cables that work badly do so here, too.
+    What isn't IPv4 or ARP isn't let through. A guest can't answer for DHCP. Cables that work badly do so here, too, and
+    cards that have a limit, by their hardware addresses, have it here.
     """
     macs = ", ".join(f'"{port.tap}" . {port.mac}' for port in ports)
     addresses = ", ".join(f'"{port.tap}" . {port.mac} . {port.address}' for port in ports)
@@ -89,16 +92,16 @@ table bridge atoll {{
         ether type ip ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
         ether type ip iifname . ether saddr . ip saddr @addresses accept
     }}
-{_impaired(ports, impairments)}}}
+{_impaired(ports, impairments, limits or {})}}}
 """
 
 
-def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment]) -> str:
+def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment], limits: Mapping[str, int]) -> str:
     """Chains for what is lost on the way, before the guards and behind the bridge; nothing when nothing is."""
     taps: dict[str, list[str]] = {}
     for port in ports:
         taps.setdefault(port.mac, []).append(port.tap)
-    both: list[str] = []
+    both = [_slow(port.tap, limits[port.mac]) for port in ports if limits.get(port.mac)]
     cuts: list[str] = []
     for each in impairments:
         for tap in taps.get(each.mac, ()):
@@ -107,8 +110,7 @@ def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment]) -> str:
             if each.loss:
                 both.append(f'name "{tap}" numgen random mod 10000 < {round(each.loss * 100)} drop')
             if each.rate:
-                burst = max(BURST, each.rate // 10)
-                both.append(f'name "{tap}" limit rate over {each.rate} bytes/second burst {burst} bytes drop')
+                both.append(_slow(tap, each.rate))
     chains = [("to_network", "prerouting", -310, [f"iif{rule}" for rule in both])]
     chains += [("to_guests", "postrouting", 0, [f"oif{rule}" for rule in both])]
     if cuts:
@@ -120,6 +122,11 @@ def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment]) -> str:
         for name, hook, priority, rules in chains
         if rules
     )
+
+
+def _slow(tap: str, rate: int) -> str:
+    burst = max(BURST, rate // 10)
+    return f'name "{tap}" limit rate over {rate} bytes/second burst {burst} bytes drop'
 
 
 def joined(port: Port) -> str:

@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
+
+from atoll.model.groups import Group
 
 Mode = Literal["private", "nat"]
 RESERVED_NAMES = frozenset({"user", "none"})
@@ -33,6 +35,20 @@ class Attached(Struct, frozen=True, kw_only=True):
     nic: str
     mac: str
     address: str
+    groups: tuple[str, ...] = ()
+    """The security groups whose rules hold for it."""
+    limit: int = 0
+    """Bytes a second that pass in each direction; 0 for all."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """The VM's: rules name VMs by them."""
+
+
+class Members(Struct, frozen=True, kw_only=True):
+    """Who is on a network, and what their groups say."""
+
+    network: Network
+    attached: tuple[Attached, ...] = ()
+    groups: tuple[Group, ...] = ()
 
 
 class Impairment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
