@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -28,4 +29,12 @@ def _program() -> bytes:
 async def put_guest_net(vm: Machine) -> None:
     """From now on the guest has the command `guest_net`."""
     result = await vm.exec(["sh", "-c", 'cat >"$0" && chmod +x "$0"', "/usr/bin/guest_net"], stdin=_program())
+    assert result.exit_code == 0, result.stderr
+
+
+async def send_frames(vm: Machine, frames: Sequence[bytes], *, count: int = 1, vary: bool = False) -> None:
+    """From its first card; with `vary` each from another hardware address."""
+    text = "".join(f"{frame.hex()}\n" for frame in frames).encode()
+    words = ["guest_net", "send", "eth0", str(count), *(["vary"] if vary else [])]
+    result = await vm.exec(words, stdin=text)
     assert result.exit_code == 0, result.stderr

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 from msgspec.structs import replace
-from tests.unit.test_network_texts import CARDS, LAB, PORTS
+from tests.unit.test_network_texts import CARDS, CARDS6, LAB, LAB6, PORTS, PORTS6
 
 from atoll.cli.options import parse_nics
 from atoll.errors import InvalidInput, NotFound, WrongState
@@ -19,8 +19,6 @@ from atoll.model.units import format_rate
 from atoll.operations import resolve_nics
 from atoll.store.sqlite import SqliteRecords
 
-GOLDEN = Path(__file__).parent / "golden" / "groups.txt"
-
 port = some.integers(1, 65535)
 ports = some.lists(some.tuples(port, port).map(lambda pair: (min(pair), max(pair))), max_size=4).map(tuple)
 key = some.from_regex(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,20}", fullmatch=True)
@@ -28,6 +26,7 @@ value = some.from_regex(r"[!-~]{0,20}", fullmatch=True)
 peer = some.one_of(
     some.just("any"),
     some.ip_addresses(v=4).map(lambda address: f"{address}/32"),
+    some.ip_addresses(v=6).map(lambda address: f"{address}/128"),
     key.map(lambda name: f"label:{name}"),
     some.tuples(key, value).map(lambda pair: f"label:{pair[0]}={pair[1]}"),
     some.from_regex(r"[a-z0-9]{1,10}", fullmatch=True).map(lambda name: f"group:{name}"),
@@ -114,13 +113,15 @@ WEB = Group(
         [
             "deny in tcp 80 from 192.0.2.0/24", "allow in tcp 80,8000-8100 from any", "allow in udp from group:db",
             "allow in icmp from label:role=db", "allow in any from label:gone", "deny out any to 10.0.0.0/8",
+            "deny out any to fd00::/8",
         ]
     ),
 )  # fmt: skip
 DB = replace(CARDS[0], groups=("db",), labels={"role": "db"})
+WWW = replace(CARDS[1], groups=("web", "removed"), limit=125000)
 MEMBERS = Members(
     network=LAB,
-    attached=(DB, replace(CARDS[1], groups=("web", "removed"), limit=125000)),
+    attached=(DB, WWW),
     groups=(WEB, Group(name="db", created_at=0)),
 )
 
@@ -129,9 +130,19 @@ def test_what_nft_is_told() -> None:
     there = b'{"nftables": [{"set": {"name": "own_told"}}, {"chain": {"name": "in_told"}}, {"set": {"name": "own_t0"}},'
     there += b' {"chain": {"name": "to_guests", "hook": "postrouting"}}]}'
     text = group_text.groups(MEMBERS, PORTS, there)
+    assert_golden(text, "groups.txt")
+
+
+def test_what_nft_is_told_with_ipv6() -> None:
+    members = replace(MEMBERS, network=LAB6, attached=(replace(DB, groups=(), address6=CARDS6[0].address6), WWW))
+    assert_golden(group_text.groups(members, PORTS6), "groups6.txt")
+
+
+def assert_golden(text: str, name: str) -> None:
+    golden = Path(__file__).parent / "golden" / name
     if os.environ.get("ATOLL_UPDATE_GOLDEN"):
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
+        golden.write_text(text)
+    assert text == golden.read_text()
 
 
 def test_nft_is_told_nothing_where_no_card_has_a_group() -> None:

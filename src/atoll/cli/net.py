@@ -42,6 +42,7 @@ net_command.add_command(group_command)
     help="private: leads nowhere (the default); nat: out through this computer, and published ports in.",
 )  # fmt: skip
 @click.option("--subnet", metavar="CIDR", help="Its addresses, such as 10.20.30.0/24 (default: a free one).")
+@click.option("--ipv6", is_flag=True, help="Give its VMs IPv6 addresses as well, to reach each other by.")
 @click.option("--dns-domain", metavar="DOMAIN", help="VMs are VM.DOMAIN on it (default: NAME.atoll).")
 @format_option
 def create(name: str, format: Format, **options: Any) -> None:
@@ -50,6 +51,7 @@ def create(name: str, format: Format, **options: Any) -> None:
     \b
     Examples:
       atoll net create lab
+      atoll net create lab6 --ipv6
       atoll net create web --mode nat --subnet 10.20.30.0/24 --dns-domain web.example
     """
     from atoll.cli.session import perform
@@ -128,6 +130,7 @@ def show(network: str, format: Format) -> None:
         ("Mode", found.network.mode),
         ("State", "up" if found.up else "down; it comes up when a VM on it starts"),
         ("Subnet", found.network.subnet),
+        ("IPv6", found.network.subnet6 or ""),
         ("Own address", found.network.gateway),
         ("Domain", found.network.domain),
         ("VMs", "\n".join(cards)),
@@ -137,6 +140,7 @@ def show(network: str, format: Format) -> None:
 
 def _card(card: Attached, network: Network) -> str:
     words = [f"{card.vm}.{network.domain}", card.address, card.mac]
+    words += [card.address6] if card.address6 else []
     words += [f"groups {'+'.join(card.groups)}"] if card.groups else []
     words += [f"limit {format_rate(card.limit)}"] if card.limit else []
     return "  ".join(words)

@@ -33,6 +33,9 @@ HOLDER = r"""
 cd "$2" || exit
 exec 9<>alive
 echo 1 >/proc/sys/net/ipv4/ip_forward
+for each in disable_ipv6 accept_ra accept_dad; do
+    [ ! -e /proc/sys/net/ipv6 ] || echo 0 >/proc/sys/net/ipv6/conf/default/$each
+done
 ip -batch links && nft -f rules.nft || exit
 trap '' HUP
 again='while :; do setpriv --pdeathsig KILL dnsmasq -d -C "$0"; sleep 1; done'

@@ -20,6 +20,7 @@ from atoll.host import files, group_text, namespace, network_text, uplink
 from atoll.host.network_text import Port
 from atoll.layout import NetworkPaths
 from atoll.model.network import Impairment, Members
+from atoll.model.subnets import address6
 
 _LOOK = f"ip -j link show master {network_text.BRIDGE}; echo; nft -t -j list table bridge {group_text.TABLE} 2>&- || :"
 
@@ -103,7 +104,9 @@ async def add_tap(holder: int, paths: NetworkPaths, members: Members, *, mac: st
 
     Its name is never given again, so that guards of a tap that is gone let nobody in.
     """
-    port = Port(tap=f"t{secrets.token_hex(6)}", mac=mac, address=address)
+    subnet6 = members.network.subnet6
+    own6 = address6(subnet6, mac) if subnet6 else ""
+    port = Port(tap=f"t{secrets.token_hex(6)}", mac=mac, address=address, address6=own6)
     descriptor = namespace.open_tap(holder, port.tap)
     try:
         await _guard(holder, paths, members, joining=network_text.joined(port))

@@ -137,7 +137,7 @@ def _peer(text: str, word: str) -> str:
     import ipaddress
 
     try:
-        return str(ipaddress.IPv4Network(word))
+        return str(ipaddress.ip_network(word))
     except ValueError as error:
         raise _wrong(
             text, f"{shown(word)} is neither any, a subnet ({error}), label:KEY=VALUE nor group:NAME"

@@ -68,6 +68,8 @@ class NetworkRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     subnet: str | None = None
     dns_domain: str | None = None
     """`NAME.atoll` when None."""
+    ipv6: bool = False
+    """It has IPv6 addresses as well, of a prefix of its own that is chosen once."""
 
 
 class ImpairRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

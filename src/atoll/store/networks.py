@@ -17,7 +17,9 @@ _network, _group = msgspec.json.Decoder(Network), msgspec.json.Decoder(Group)
 _labels = msgspec.json.Decoder(dict[str, str])
 ATTACHED = (
     "SELECT network_id, vms.id, vms.name, nic, mac, address, security_groups, rate,"
-    " coalesce(json_extract(CAST(vms.record AS TEXT), '$.labels'), '{}') FROM nics JOIN vms ON vms.id = vm_id"
+    " coalesce(json_extract(CAST(vms.record AS TEXT), '$.labels'), '{}'),"
+    " json_extract(CAST(networks.record AS TEXT), '$.subnet6')"
+    " FROM nics JOIN vms ON vms.id = vm_id JOIN networks ON networks.id = network_id"
     " WHERE ? IS NULL OR network_id = ? ORDER BY vms.name, nic"
 )
 
@@ -28,13 +30,22 @@ def read(rows: Iterable[Sequence[Any]]) -> list[Network]:
 
 def attached(rows: Iterable[Sequence[Any]]) -> dict[str, list[Attached]]:
     found: dict[str, list[Attached]] = {}
-    for network, vm_id, vm, nic, mac, address, named, limit, labels in rows:
+    for network, vm_id, vm, nic, mac, address, named, limit, labels, subnet6 in rows:
         card = Attached(
             vm_id=vm_id, vm=vm, nic=nic, mac=mac, address=address,
             groups=tuple(named.split()), limit=limit, labels=_labels.decode(labels),
+            address6=_address6(subnet6, mac),
         )  # fmt: skip
         found.setdefault(network, []).append(card)
     return found
+
+
+def _address6(subnet6: str | None, mac: str) -> str:
+    if subnet6 is None:
+        return ""
+    from atoll.model import subnets
+
+    return subnets.address6(subnet6, mac)
 
 
 def read_groups(rows: Iterable[Sequence[Any]]) -> list[Group]:
