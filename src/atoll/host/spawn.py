@@ -18,6 +18,9 @@ from atoll.errors import EngineFailed
 from atoll.host import process, seccomp, syscalls
 from atoll.host.jail import BASE, NAMESPACES, Jail, enter_groups_and_limits, shut_in
 
+MANY_DESCRIPTORS = 1024
+"""More than QEMU has open, and not more than every process may have."""
+
 
 class Program(Struct, frozen=True, kw_only=True):
     """What is started."""
@@ -44,6 +47,10 @@ def spawn(program: Program, jail: Jail | None) -> int:
             if jail is not None:
                 _enter_namespaces(jail, saying, waiting)
             _leave_parent(saying)
+            # A table of descriptors that grows while there are threads makes the kernel wait for all processors, 10 to
+            # 20 ms each time (expand_fdtable() in its fs/file.c). QEMU's outgrows 64 when its guest goes on; exec keeps
+            # the size.
+            os.close(os.dup2(0, MANY_DESCRIPTORS - 1))
             if jail is not None:
                 shut_in(jail, program.shown, _filter(jail))
             os.chdir("/" if jail is not None and jail.namespaces else program.folder)
