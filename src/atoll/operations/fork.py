@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from atoll.errors import AtollError, InvalidInput, WrongState
+from atoll.errors import AtollError, InvalidInput, StorageFailed, WrongState
 from atoll.model.names import check_vm_name, new_id
 from atoll.model.operation import Progress
 from atoll.model.snapshot import Snapshot
@@ -76,7 +76,11 @@ async def fork(
     options = SnapshotOptions(
         name=free_name(services, source, "fork"), message="for copies that are being started", volatile=True
     )
-    node = await snapshot(source, options, services=services, report=report)
+    try:
+        node = await snapshot(source, options, services=services, report=report)
+    except StorageFailed:
+        # Others may have taken the room that there was in memory.
+        node = await snapshot(source, replace(options, volatile=False), services=services, report=report)
     try:
         return await copies(node, names, services, report)
     finally:
