@@ -111,6 +111,7 @@ def drop_removed_disks(paths: VmPaths, spec: VmSpec) -> None:
 START = Verb(
     name="start",
     request=StartRequest,
+    durable=False,
     steps=(
         Step("check", _check_stopped),
         Step("launch", _launch, _kill),
