@@ -1,5 +1,6 @@
 """An ordinary user, without root at any step: the same commands, in folders of that user's own."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
 USER, STRANGER = 54321, 54322
 """Numbers that nobody has; a user needs no name for this."""
+MANY_THREADS = "import threading; e = threading.Event(); [threading.Thread(target=e.wait).start() for _ in range(400)]"
+"""What a desktop has, and more than a VM may have."""
 ATOLL = "from atoll.cli.main import main; main()"
 
 
@@ -27,11 +30,14 @@ class Person:
         self.uid = uid
         self.home = home
 
+    @property
+    def become(self) -> list[str]:
+        return ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
+
     def run(self, *argv: str | Path, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ATOLL_"))}
-        become = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
         return subprocess.run(
-            [*become, *argv],
+            [*self.become, *argv],
             input=stdin,
             env=kept | {"HOME": str(self.home)},
             cwd=self.home,
@@ -64,6 +70,17 @@ def person() -> Iterator[Person]:
         shutil.rmtree(home, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def busy(person: Person) -> Iterator[None]:
+    """Somebody who has many other things running."""
+    others = subprocess.Popen([*person.become, sys.executable, "-c", MANY_THREADS])
+    try:
+        yield
+    finally:
+        others.kill()
+        others.wait()
+
+
 def owners(pid: str) -> set[str]:
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Uid:"))
     return set(line.split()[1:])
@@ -94,7 +111,8 @@ def networks_work(person: Person) -> None:
 def test_everything_works_without_root(person: Person) -> None:
     data = person.home / ".local/share/atoll"
     person.atoll("image", "build", "tiny", "--quiet")
-    person.atoll("run", "tiny", "--name", "mine", "--memory", "128MiB", "--quiet")
+    with busy(person):
+        person.atoll("run", "tiny", "--name", "mine", "--memory", "128MiB", "--quiet")
     try:
         assert person.atoll("exec", "mine", "--", "uname", "-s") == b"Linux\n"
         (person.home / "file").write_bytes(b"from the user")

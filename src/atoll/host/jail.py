@@ -59,11 +59,17 @@ class Jail(Struct, frozen=True, kw_only=True):
     """Files that take the pid of a process to be put into a control group."""
 
 
-def enter_groups_and_limits(jail: Jail) -> None:
+def enter_groups(jail: Jail) -> None:
     for path in jail.groups:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         os.write(descriptor, b"0")
         os.close(descriptor)
+
+
+def set_limits(jail: Jail) -> None:
+    """To be done after a user namespace was made: the limit of processes that we have at that moment counts all that
+    this user runs, and a desktop has hundreds of threads.
+    """
     for kind, soft in jail.limits:
         hard = resource.getrlimit(kind)[1]
         ceiling = soft if hard == resource.RLIM_INFINITY else min(soft, hard)

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from atoll.errors import EngineFailed
 from atoll.host import process, seccomp, syscalls
-from atoll.host.jail import BASE, NAMESPACES, Jail, enter_groups_and_limits, shut_in
+from atoll.host.jail import BASE, NAMESPACES, Jail, enter_groups, set_limits, shut_in
 
 
 class Program(Struct, frozen=True, kw_only=True):
@@ -107,7 +107,7 @@ def _stand_alone(program: Program, *, keep: tuple[int, ...]) -> None:
 
 
 def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> None:
-    enter_groups_and_limits(jail)
+    enter_groups(jail)
     if jail.user_namespace:
         user, group = os.getuid(), os.getgid()
         syscalls.unshare(syscalls.CLONE_NEWUSER)
@@ -120,6 +120,7 @@ def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> None:
             _write("/proc/self/setgroups", "deny")
             _write("/proc/self/uid_map", f"{user} {user} 1")
             _write("/proc/self/gid_map", f"{group} {group} 1")
+    set_limits(jail)
     if jail.namespaces:
         syscalls.unshare(NAMESPACES)
         syscalls.set_host_name("vm")
