@@ -72,10 +72,14 @@ class VmPaths:
 
     def network_link(self, nic: str) -> Path:
         """Where the helper of a user-mode network waits for its one connection."""
-        return self.run / f"{nic}.link"
+        return self.network_folder(nic) / "link"
 
     def network_control(self, nic: str) -> Path:
         """Where that helper publishes ports."""
+        return self.network_folder(nic) / "control"
+
+    def network_folder(self, nic: str) -> Path:
+        """Where that helper works; nobody else does."""
         return self.run / f"{nic}.net"
 
     def lock(self, name: str) -> Path:

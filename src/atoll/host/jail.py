@@ -27,6 +27,8 @@ BASE = "/sys"
 """The folder that the empty root is mounted over: every Linux has it, and nothing that a jail shows is below it."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 USERFAULTFD = "/dev/userfaultfd"
+WORKPLACE = "/run"
+"""Where a helper finds the folder that it works in."""
 
 
 class Ids(Struct, frozen=True, kw_only=True):
@@ -46,6 +48,12 @@ class Jail(Struct, frozen=True, kw_only=True):
     """The user and group to become."""
     programs: tuple[str, ...] = ()
     """Folders and files, from /, that are shown: the program and what it is made of."""
+    networked: bool = False
+    """It keeps the network that it is started in, may make sockets for it, and signals nobody outside."""
+    capabilities: tuple[int, ...] = ()
+    """What it may do nevertheless (capabilities(7)), by their numbers."""
+    folder: str = ""
+    """A folder of ours in which it works, and makes sockets but no files; in an empty root it is /run."""
     devices: tuple[str, ...] = DEVICES
     writes_tracked: bool = False
     """It gets a userfaultfd device of its own, for snapshots that are written while the guest runs."""
@@ -85,7 +93,14 @@ def shut_in(jail: Jail, shown: Sequence[int], filter_buffer: "ctypes.Array[ctype
     if jail.landlock:
         programs = ("/",) if jail.namespaces else jail.programs
         devices = (*jail.devices, USERFAULTFD) if jail.writes_tracked else jail.devices
-        landlock.restrict(jail.landlock, programs=programs, readable=shown, devices=devices)
+        landlock.restrict(
+            jail.landlock,
+            programs=programs,
+            readable=shown,
+            devices=devices,
+            sockets_in=("." if jail.folder else None),
+            networked=jail.networked,
+        )
     if filter_buffer is not None:
         syscalls.filter_system_calls(filter_buffer)
 
@@ -104,12 +119,16 @@ def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
         _make_file(BASE + path)
     if jail.writes_tracked:
         _make_device(USERFAULTFD, BASE + USERFAULTFD, owner=jail.ids)
+    if jail.folder:
+        os.makedirs(BASE + WORKPLACE, exist_ok=True)
     syscalls.set_mount_attributes(BASE, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
     for path in jail.devices:
         syscalls.mount(path, BASE + path, None, syscalls.MS_BIND)
+    if jail.folder:
+        syscalls.mount(jail.folder, BASE + WORKPLACE, None, syscalls.MS_BIND)
     os.chdir(BASE)
     syscalls.pivot_root_here()
-    os.chdir("/")
+    os.chdir(WORKPLACE if jail.folder else "/")
 
 
 def _show(path: str) -> None:
@@ -147,7 +166,9 @@ def _make_device(like: str, path: str, *, owner: Ids | None) -> None:
 
 def _become_nobody(jail: Jail) -> None:
     if os.geteuid() == 0 or jail.user_namespace:
-        syscalls.drop_bounding_set()
+        syscalls.drop_bounding_set(but=jail.capabilities)
+    if jail.capabilities:
+        syscalls.keep_capabilities()
     if jail.ids is not None:
         # Inside a user namespace they are both called 1.
         user, group = (1, 1) if jail.user_namespace else (jail.ids.user, jail.ids.group)
@@ -155,4 +176,9 @@ def _become_nobody(jail: Jail) -> None:
         os.setresgid(group, group, group)
         os.setresuid(user, user, user)
     syscalls.no_new_privileges()
-    syscalls.drop_capabilities()
+    syscalls.drop_capabilities(but=jail.capabilities)
+    if jail.folder:
+        # We own the folder, and have to reach what another user makes in it.
+        os.umask(0)
+    if jail.networked and not jail.namespaces:
+        syscalls.let_anyone_trace()

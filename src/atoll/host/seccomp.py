@@ -44,6 +44,9 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "memfd_secret": (447, 447), "shmget": (29, 194),
     "lookup_dcookie": (212, 18), "nfsservctl": (180, 42), "migrate_pages": (256, 238), "move_pages": (279, 239),
 }  # fmt: skip
+_NETWORKING = ("socket", "connect", "bind")
+_FAMILIES = (1, 2, 10, 16)
+"""AF_UNIX, AF_INET, AF_INET6, AF_NETLINK."""
 _CLONE, _CLONE3, _TGKILL, _PRLIMIT, _IOCTL = (56, 220), (435, 435), (234, 131), (302, 261), (16, 29)
 _MMAP, _SHARED_ANONYMOUS = (9, 222), 0x21
 _ARCHITECTURES = {
@@ -61,8 +64,11 @@ def known(machine: str | None = None) -> bool:
     return (machine or platform.machine()).lower() in _ARCHITECTURES
 
 
-def filter_program(*, own_pid: int, machine: str | None = None) -> bytes:
-    """The program for a process that has `own_pid` in its own pid namespace: it may signal its own threads."""
+def filter_program(*, own_pid: int, networked: bool = False, machine: str | None = None) -> bytes:
+    """The program for a process that has `own_pid` in its own pid namespace: it may signal its own threads.
+
+    One that is `networked` may make sockets and connect them, of the families that a network's helpers need.
+    """
     audit, column = _ARCHITECTURES[(machine or platform.machine()).lower()]
     code = _Program()
     code.load(_ARCH)
@@ -71,13 +77,15 @@ def filter_program(*, own_pid: int, machine: str | None = None) -> bytes:
     if column == 0:
         # The x32 table has the same calls under other numbers.
         code.when(_AT_LEAST, 0x40000000, DENY_EPERM)
-    for numbers in _DENIED.values():
-        if numbers[column] is not None:
+    for name, numbers in _DENIED.items():
+        if numbers[column] is not None and not (networked and name in _NETWORKING):
             code.when(_EQUAL, numbers[column] or 0, DENY_EPERM)
     # The C library goes on to `clone`, whose flags can be looked at: those of clone3 are behind a pointer.
     code.when(_EQUAL, _CLONE3[column], DENY_ENOSYS)
     code.if_argument(_CLONE[column], 0, lambda inner: inner.when(_ANY_BIT, NEW_NAMESPACES, DENY_EPERM))
     code.if_argument(_TGKILL[column], 0, lambda inner: inner.unless(_EQUAL, own_pid, DENY_EPERM))
+    if networked:
+        code.if_argument(_DENIED["socket"][column] or 0, 0, _deny_other_families)
     # Reading a limit is fine, setting one isn't: both halves of the pointer to the new one have to be zero.
     code.if_argument(_PRLIMIT[column], 2, lambda inner: inner.unless(_EQUAL, 0, DENY_EPERM))
     code.if_argument(_PRLIMIT[column], 2, lambda inner: inner.unless(_EQUAL, 0, DENY_EPERM), high=True)
@@ -85,6 +93,13 @@ def filter_program(*, own_pid: int, machine: str | None = None) -> bytes:
     code.if_argument(_MMAP[column], 3, _deny_uncounted_memory)
     code.give(ALLOW)
     return code.assembled
+
+
+def _deny_other_families(code: "_Program") -> None:
+    """Raw packets, the kernel's cryptography, other machines' vsock and the like are no helper's business."""
+    for family in _FAMILIES:
+        code.when(_EQUAL, family, ALLOW)
+    code.give(DENY_EPERM)
 
 
 def _deny_uncounted_memory(code: "_Program") -> None:

@@ -29,8 +29,10 @@ class Program(Struct, frozen=True, kw_only=True):
     """Those of `descriptors` that it opens again by the path /proc/self/fd/N."""
     output: int
     """Where its standard output and error go."""
+    errors: int | None = None
+    """Where its standard error goes instead."""
     folder: str = "/"
-    """Where it works, if it has no empty root. Its environment has nothing but this."""
+    """Where it works, if it has no other root. Its environment has nothing but this."""
 
 
 def spawn(program: Program, jail: Jail | None) -> int:
@@ -44,9 +46,9 @@ def spawn(program: Program, jail: Jail | None) -> int:
             if jail is not None:
                 _enter_namespaces(jail, saying, waiting)
             _leave_parent(saying)
+            os.chdir(program.folder)
             if jail is not None:
                 shut_in(jail, program.shown, _filter(jail))
-            os.chdir("/" if jail is not None and jail.namespaces else program.folder)
             # Whatever secrets are in our environment, they aren't for it.
             os.execve(program.argv[0], program.argv, {"ATOLL_FOLDER": program.folder, "LC_ALL": "C.UTF-8"})
         except BaseException as error:
@@ -55,7 +57,7 @@ def spawn(program: Program, jail: Jail | None) -> int:
     os.close(saying)
     os.close(waiting)
     try:
-        return _follow(middle, said, going, jail)
+        return _follow(middle, said, going, jail, name=os.path.basename(program.argv[0]))  # noqa: PTH119
     finally:
         os.close(said)
         os.close(going)
@@ -90,7 +92,8 @@ def _stand_alone(program: Program, *, keep: tuple[int, ...]) -> None:
     """A session of its own, and no descriptor but those that were given."""
     os.setsid()
     nothing = os.open("/dev/null", os.O_RDWR)
-    for target, source in ((0, nothing), (1, program.output), (2, program.output)):
+    errors = program.output if program.errors is None else program.errors
+    for target, source in ((0, nothing), (1, program.output), (2, errors)):
         os.dup2(source, target)
     wanted = {0, 1, 2, *keep, *program.descriptors}
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
@@ -122,7 +125,7 @@ def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> None:
             _write("/proc/self/gid_map", f"{group} {group} 1")
     set_limits(jail)
     if jail.namespaces:
-        syscalls.unshare(NAMESPACES)
+        syscalls.unshare(NAMESPACES & ~syscalls.CLONE_NEWNET if jail.networked else NAMESPACES)
         syscalls.set_host_name("vm")
 
 
@@ -143,11 +146,11 @@ def _leave_parent(saying: int) -> None:
 def _filter(jail: Jail) -> "ctypes.Array[ctypes.c_char] | None":
     if not jail.filtered:
         return None
-    own = seccomp.filter_program(own_pid=os.getpid())
+    own = seccomp.filter_program(own_pid=os.getpid(), networked=jail.networked)
     return ctypes.create_string_buffer(own, len(own))
 
 
-def _follow(middle: int, said: int, going: int, jail: Jail | None) -> int:
+def _follow(middle: int, said: int, going: int, jail: Jail | None, *, name: str) -> int:
     """Read what the child says until it has become the program, or has failed."""
     heard = b""
     while chunk := os.read(said, 4096):
@@ -158,7 +161,7 @@ def _follow(middle: int, said: int, going: int, jail: Jail | None) -> int:
             os.write(going, b"g")
     words, _, failure = heard.decode(errors="replace").partition("failed ")
     if failure or "pid " not in words:
-        raise EngineFailed("QEMU can't be shut in", failure or "its starter ended", "Run `atoll doctor`.")
+        raise EngineFailed(f"{name} can't be shut in", failure or "its starter ended", "Run `atoll doctor`.")
     return int(words.rpartition("pid ")[2])
 
 
@@ -172,4 +175,4 @@ def _map_users(pid: int, jail: Jail) -> None:
     for program in running:
         _, errors = program.communicate(timeout=10)
         if program.returncode != 0:
-            raise EngineFailed("the VM's own user can't be mapped", errors.strip(), "See `man newuidmap`.")
+            raise EngineFailed("a user of its own can't be mapped", errors.strip(), "See `man newuidmap`.")
