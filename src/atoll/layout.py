@@ -114,22 +114,27 @@ class NetworkPaths:
         return self.run / "rules.nft"
 
     @property
+    def names(self) -> Path:
+        """What dnsmasq reads, and nothing else: it sees this folder."""
+        return self.run / "names"
+
+    @property
     def dns(self) -> Path:
-        return self.run / "dns.conf"
+        return self.names / "dns.conf"
 
     @property
     def dhcp(self) -> Path:
-        return self.run / "dhcp.conf"
+        return self.names / "dhcp.conf"
 
     @property
     def hosts(self) -> Path:
         """Names and addresses, for dnsmasq's DNS."""
-        return self.run / "hosts"
+        return self.names / "hosts"
 
     @property
     def leases(self) -> Path:
         """Cards and addresses, for dnsmasq's DHCP."""
-        return self.run / "leases"
+        return self.names / "leases"
 
     @property
     def impairments(self) -> Path:
@@ -138,8 +143,8 @@ class NetworkPaths:
 
     @property
     def uplink(self) -> Path:
-        """The socket that takes published ports."""
-        return self.run / "uplink.sock"
+        """The socket that takes published ports, in a folder of the uplink's own."""
+        return self.run / "uplink" / "control"
 
     @property
     def log(self) -> Path:

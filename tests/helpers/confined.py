@@ -66,7 +66,7 @@ def run(trial: Trial) -> Outcome:
 
 def _jail(trial: Trial, wanted: sandbox.Wanted) -> tuple[Jail, tuple[str, ...]]:
     if trial.helper:
-        shut_in = helper_jail.prepare(PYTHON, folder=Path(trial.helper), files=("/etc/resolv.conf",))
+        shut_in = helper_jail.for_user_network(PYTHON, folder=Path(trial.helper), files=("/etc/resolv.conf",))
         return shut_in.jail, (shut_in.weaker,) if shut_in.weaker else ()
     jail, isolation = sandbox.prepare(PYTHON, wanted)
     assert jail is not None

@@ -43,17 +43,23 @@ class Jail(Struct, frozen=True, kw_only=True):
 
     namespaces: bool
     user_namespace: bool = False
-    """Made first, by an ordinary user, to be allowed the others."""
+    """Made first, by an ordinary user, to be allowed the others. In it 0 is this user, and 1 the program's own."""
+    joined: int = 0
+    """A process whose user namespace is entered instead; 0 for none."""
     ids: Ids | None = None
     """The user and group to become."""
     programs: tuple[str, ...] = ()
     """Folders and files, from /, that are shown: the program and what it is made of."""
-    networked: bool = False
-    """It keeps the network that it is started in, may make sockets for it, and signals nobody outside."""
+    sockets: bool = False
+    """It may make sockets and connect them."""
+    host_network: bool = False
+    """It keeps the network that it is started in."""
     capabilities: tuple[int, ...] = ()
     """What it may do nevertheless (capabilities(7)), by their numbers."""
     folder: str = ""
     """A folder of ours in which it works, and makes sockets but no files; in an empty root it is /run."""
+    nests: bool = False
+    """It goes on to make a root of its own out of this one, and drops the privileges for that by itself."""
     devices: tuple[str, ...] = DEVICES
     writes_tracked: bool = False
     """It gets a userfaultfd device of its own, for snapshots that are written while the guest runs."""
@@ -90,7 +96,10 @@ def shut_in(jail: Jail, shown: Sequence[int], filter_buffer: "ctypes.Array[ctype
     if jail.namespaces:
         _empty_root(jail, shown)
     _become_nobody(jail)
-    if jail.landlock:
+    if jail.nests:
+        # Mounts are refused to who is restricted in what files it opens.
+        landlock.restrict_scopes(jail.landlock)
+    elif jail.landlock:
         programs = ("/",) if jail.namespaces else jail.programs
         devices = (*jail.devices, USERFAULTFD) if jail.writes_tracked else jail.devices
         landlock.restrict(
@@ -99,7 +108,7 @@ def shut_in(jail: Jail, shown: Sequence[int], filter_buffer: "ctypes.Array[ctype
             readable=shown,
             devices=devices,
             sockets_in=("." if jail.folder else None),
-            networked=jail.networked,
+            tcp=jail.sockets,
         )
     if filter_buffer is not None:
         syscalls.filter_system_calls(filter_buffer)
@@ -114,13 +123,17 @@ def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
     # by name: the descriptors were opened in another mount namespace, from which nothing can be bound.
     for path in [f"/proc/self/fd/{number}" for number in shown]:
         _make_file(BASE + path)
-        syscalls.mount(os.readlink(path), BASE + path, None, syscalls.MS_BIND)
+        source = os.readlink(path)
+        # A namespace has no name but this.
+        syscalls.mount(source if source.startswith("/") else path, BASE + path, None, syscalls.MS_BIND)
     for path in jail.devices:
         _make_file(BASE + path)
     if jail.writes_tracked:
         _make_device(USERFAULTFD, BASE + USERFAULTFD, owner=jail.ids)
     if jail.folder:
         os.makedirs(BASE + WORKPLACE, exist_ok=True)
+    if jail.nests:
+        os.makedirs(BASE + "/tmp", exist_ok=True)
     syscalls.set_mount_attributes(BASE, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
     for path in jail.devices:
         syscalls.mount(path, BASE + path, None, syscalls.MS_BIND)
@@ -180,5 +193,5 @@ def _become_nobody(jail: Jail) -> None:
     if jail.folder:
         # We own the folder, and have to reach what another user makes in it.
         os.umask(0)
-    if jail.networked and not jail.namespaces:
+    if jail.host_network and not jail.namespaces:
         syscalls.let_anyone_trace()

@@ -24,16 +24,16 @@ def restrict(
     readable: Iterable[int],
     devices: Iterable[str],
     sockets_in: str | None = None,
-    networked: bool = False,
+    tcp: bool = False,
 ) -> None:
     """From here on this process opens nothing but these: folders and files to read and execute, descriptors' files to
-    read, devices to use; and makes nothing but sockets in one folder. No TCP, but for who is networked, and, where the
+    read, devices to use; and makes nothing but sockets in one folder. No TCP unless that is allowed and, where the
     kernel can, no abstract sockets and signals to those outside.
     """
     rights = known_rights(version)
     ruleset = syscalls.landlock_ruleset(
         rights,
-        _BIND_AND_CONNECT_TCP if version >= 4 and not networked else 0,
+        _BIND_AND_CONNECT_TCP if version >= 4 and not tcp else 0,
         _ABSTRACT_SOCKETS_AND_SIGNALS if version >= 6 else 0,
         version=version,
     )
@@ -46,6 +46,17 @@ def restrict(
             _allow_path(ruleset, sockets_in, READ_DIR | MAKE_SOCKET | REMOVE_FILE)
         for descriptor in readable:
             syscalls.landlock_allow(ruleset, descriptor, READ_FILE)
+        syscalls.landlock_restrict(ruleset)
+    finally:
+        os.close(ruleset)
+
+
+def restrict_scopes(version: int) -> None:
+    """Only abstract sockets and signals of those outside, where the kernel can."""
+    if version < 6:
+        return
+    ruleset = syscalls.landlock_ruleset(0, 0, _ABSTRACT_SOCKETS_AND_SIGNALS, version=version)
+    try:
         syscalls.landlock_restrict(ruleset)
     finally:
         os.close(ruleset)

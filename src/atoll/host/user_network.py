@@ -3,40 +3,32 @@
 QEMU itself may then be without a network and without the right to make sockets. The link between the two carries a
 frame in each message. The helper sees what `frame_filter` lets through, is shut in (`helper_jail.py`), and ends as soon
 as nobody holds its lifeline: QEMU has it, so that they end together.
-
-Ports are published, and taken back, by one question and one answer at the helper's control socket (slirp4netns(1)).
 """
 
 import contextlib
-import json
 import os
 import select
 import signal
 import socket
-import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from atoll.errors import AlreadyExists, EngineFailed, Unsupported
-from atoll.host import frame_filter, helper_jail, process
-from atoll.host.files import make_folder
+from atoll.errors import EngineFailed, Unsupported
+from atoll.host import frame_filter, helper_jail, process, slirp
 from atoll.host.jail import Jail
-from atoll.host.sockets import address_of, connect
+from atoll.host.sockets import connect
 from atoll.host.spawn import Program, spawn
 from atoll.model.launch import UserNetwork
 from atoll.model.spec import PortSpec
 
-PROGRAM = "slirp4netns"
 GUEST = "10.0.2.15"
 """The address that the helper's DHCP gives first."""
 NOWHERE = "240.0.0.1"
 """No host's address (RFC 1112, section 4): who must use it as its own gets no connection out."""
 START_TIME = 20.0
 """Seconds until a helper must be ready; it takes 5 ms on an idle computer."""
-ANSWER_TIME = 5
 _PAUSE = 0.0005
 
 
@@ -80,7 +72,7 @@ def command(network: UserNetwork, *, lifeline: int, ready: int) -> tuple[str, ..
 
     It isn't given its own sandbox, whose root has /etc and /run in it: it has ours.
     """
-    words = [process.find(PROGRAM), "--target-type=bess", f"--exit-fd={lifeline}", f"--ready-fd={ready}"]
+    words = [process.find(slirp.PROGRAM), "--target-type=bess", f"--exit-fd={lifeline}", f"--ready-fd={ready}"]
     words += [f"--api-socket={Path(network.control).name}", "--enable-seccomp"]
     words += [f"--outbound-addr={NOWHERE}", "--disable-dns"] if network.restrict else ["--enable-ipv6"]
     return (*words, Path(network.link).name)
@@ -116,7 +108,9 @@ def _check_nowhere() -> None:
 
 def _start(network: UserNetwork, groups: tuple[str, ...]) -> Link:
     files = () if network.restrict else ("/etc/resolv.conf",)
-    shut_in = helper_jail.prepare(process.find(PROGRAM), folder=Path(network.link).parent, files=files, groups=groups)
+    shut_in = helper_jail.for_user_network(
+        process.find(slirp.PROGRAM), folder=Path(network.link).parent, files=files, groups=groups
+    )
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as on_failure:
         hanging_up, lifeline = os.pipe()
         on_failure.callback(os.close, lifeline)
@@ -136,7 +130,8 @@ def _start(network: UserNetwork, groups: tuple[str, ...]) -> Link:
         Path(network.link).unlink(missing_ok=True)
         frame_filter.guard(helper.pid, restrict=network.restrict, udp_ports=_of_udp(network.ports))
         for port in network.ports:
-            _add(Path(network.control), port)
+            with _answering():
+                slirp.add(Path(network.control), GUEST, port)
         on_failure.pop_all()
         weaker = f"the network of {network.name.removeprefix('nic-')}: {shut_in.weaker}" if shut_in.weaker else ""
         return Link(frames=frames, lifeline=lifeline, weaker=weaker)
@@ -144,9 +139,7 @@ def _start(network: UserNetwork, groups: tuple[str, ...]) -> Link:
 
 def _spawn(network: UserNetwork, jail: Jail, hanging_up: int, telling: int) -> _Helper:
     folder = Path(network.link).parent
-    make_folder(folder)
-    # A user of its own makes sockets in it; the folder that it is in keeps others out.
-    folder.chmod(0o777)
+    slirp.make_workplace(folder)
     errors, saying = os.pipe()
     nothing = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     program = Program(
@@ -224,22 +217,19 @@ def let_go(link: Path) -> None:
 
 def helper_of(control: Path) -> int | None:
     """The process that listens there; None when it has ended."""
-    try:
-        with _called(control) as client:
-            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    except OSError:
-        return None
-    return int(struct.unpack("3i", credentials)[0])
+    return slirp.listener(control)
 
 
 def publish(control: Path, port: PortSpec, *, restrict: bool) -> None:
     """Publish a port now. Raises `AlreadyExists` when the helper can't have it, `EngineFailed`."""
-    _add(control, port)
+    with _answering():
+        slirp.add(control, GUEST, port)
     if port.protocol == "udp":
         try:
             _guard_again(control, published(control), restrict=restrict)
         except EngineFailed:
-            _remove(control, port)
+            with _answering():
+                slirp.remove(control, GUEST, port)
             raise
 
 
@@ -249,9 +239,11 @@ def unpublish(control: Path, port: PortSpec, *, restrict: bool) -> None:
         # Its ports went with it.
         return
     if port.protocol == "udp":
-        kept = [there for there in published(control) if _place(there) != _place(port)]
+        place = (port.protocol, port.host_address, port.host_port)
+        kept = [each for each in published(control) if (each.protocol, each.host_address, each.host_port) != place]
         _guard_again(control, kept, restrict=restrict)
-    _remove(control, port)
+    with _answering():
+        slirp.remove(control, GUEST, port)
 
 
 def _guard_again(control: Path, ports: Sequence[PortSpec], *, restrict: bool) -> None:
@@ -266,73 +258,17 @@ def _of_udp(ports: Sequence[PortSpec]) -> list[int]:
     return [port.guest_port for port in ports if port.protocol == "udp"]
 
 
-def _place(port: PortSpec) -> tuple[str, str, int]:
-    return port.protocol, port.host_address, port.host_port
-
-
-def _add(control: Path, port: PortSpec) -> None:
-    rule = {"host_addr": port.host_address, "host_port": port.host_port}
-    said = _ask(
-        control, "add_hostfwd", {"proto": port.protocol} | rule | {"guest_addr": GUEST, "guest_port": port.guest_port}
-    )
-    if "error" in said:
-        raise AlreadyExists(
-            f"port {port.host_port} on {port.host_address} can't be published",
-            "another program has it, or this user may not have it",
-            "Choose another with -p.",
-        )
-
-
-def _remove(control: Path, port: PortSpec) -> None:
-    for number, there in _rules(control):
-        if _place(there) == _place(port):
-            _ask(control, "remove_hostfwd", {"id": number})
-
-
 def published(control: Path) -> list[PortSpec]:
     """The ports that are published. Raises `EngineFailed`."""
-    return [port for _, port in _rules(control)]
+    with _answering():
+        return [port for _, port in slirp.published(control)]
 
 
-def _rules(control: Path) -> Iterator[tuple[int, PortSpec]]:
-    for entry in _ask(control, "list_hostfwd", {}).get("entries", []):
-        yield (
-            entry["id"],
-            PortSpec(
-                protocol=entry["proto"],
-                host_address=entry["host_addr"],
-                host_port=entry["host_port"],
-                guest_port=entry["guest_port"],
-            ),
-        )
-
-
-def _called(control: Path) -> socket.socket:
-    """A connection to the helper, which lets only one wait: so this waits for the one before. Raises `OSError`."""
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
     try:
-        # Python's own timeouts make a connection fail at once where it would have to wait.
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            client.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", ANSWER_TIME, 0))
-        with address_of(control) as address:
-            client.connect(address)
-    except BaseException:
-        client.close()
-        raise
-    return client
-
-
-def _ask(control: Path, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """One question: the helper hangs up after its answer, which comes within a millisecond."""
-    question = {"execute": verb} | ({"arguments": arguments} if arguments else {})
-    try:
-        with _called(control) as client:
-            client.sendall(json.dumps(question).encode())
-            client.shutdown(socket.SHUT_WR)
-            answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
-        found: dict[str, Any] = json.loads(answer)
-    except (OSError, ValueError) as error:
+        yield
+    except OSError as error:
         raise EngineFailed(
-            "the network's helper doesn't answer", str(error) or "it said nothing", "Restart the VM: `atoll restart`."
+            "the network's helper doesn't answer", str(error), "Restart the VM: `atoll restart`."
         ) from error
-    return found
