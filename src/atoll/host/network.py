@@ -41,7 +41,9 @@ async def ensure(network: Network, paths: NetworkPaths, attached: Sequence[Attac
 
 
 def _write_all(network: Network, paths: NetworkPaths, attached: Sequence[Attached]) -> None:
-    files.make_folder(paths.run)
+    files.make_folder(paths.names)
+    # dnsmasq is another user; the folder that this is in keeps the others out.
+    paths.names.chmod(0o755)
     paths.impairments.unlink(missing_ok=True)
     with contextlib.suppress(FileExistsError):
         os.mkfifo(paths.alive, 0o600)
@@ -58,6 +60,7 @@ def _write_all(network: Network, paths: NetworkPaths, attached: Sequence[Attache
     }
     for path, text in texts.items():
         path.write_text(text)
+        path.chmod(0o644)
 
 
 def tell_names(network: Network, paths: NetworkPaths, attached: Sequence[Attached]) -> None:
@@ -67,9 +70,9 @@ def tell_names(network: Network, paths: NetworkPaths, attached: Sequence[Attache
     if holder is None or all(path.exists() and path.read_text() == text for path, text in texts.items()):
         return
     for path, text in texts.items():
-        files.write_atomically(path, text.encode())
+        files.write_atomically(path, text.encode(), mode=0o644)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(holder.pid, signal.SIGHUP)
+        os.killpg(os.getpgid(holder.pid), signal.SIGHUP)
 
 
 async def add_tap(holder: int, paths: NetworkPaths, mac: str, address: str) -> int:
