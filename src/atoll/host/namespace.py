@@ -31,6 +31,9 @@ _SET_INTERFACE, _TAP, _NO_INFORMATION, _OFFLOADS = 0x400454CA, 0x0002, 0x1000, 0
 
 LINKS = r"""
 echo 1 >/proc/sys/net/ipv4/ip_forward
+for each in disable_ipv6 accept_ra accept_dad; do
+    [ ! -e /proc/sys/net/ipv6 ] || echo 0 >/proc/sys/net/ipv6/conf/default/$each
+done
 ip -batch "$1/links" && nft -f "$1/rules.nft"
 """
 HOLDER = r"""
