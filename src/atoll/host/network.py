@@ -34,7 +34,7 @@ async def ensure(members: Members, paths: NetworkPaths) -> int:
     holder = namespace.holder_of(paths)
     if holder is None:
         _write_all(members, paths)
-        holder = await namespace.hold(members.network.id, paths)
+        holder = await namespace.hold(members.network.id, paths, router=members.network.subnet6 is not None)
     else:
         await tell(members, paths)
     if members.network.mode == "nat":
@@ -44,7 +44,9 @@ async def ensure(members: Members, paths: NetworkPaths) -> int:
 
 def _write_all(members: Members, paths: NetworkPaths) -> None:
     network, attached = members.network, members.attached
-    files.make_folder(paths.run)
+    files.make_folder(paths.names)
+    # dnsmasq is another user; the folder that this is in keeps the others out.
+    paths.names.chmod(0o755)
     for of_before in (paths.impairments, paths.policy):
         of_before.unlink(missing_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -62,6 +64,7 @@ def _write_all(members: Members, paths: NetworkPaths) -> None:
     }
     for path, text in texts.items():
         path.write_text(text)
+        path.chmod(0o644)
 
 
 async def tell(members: Members, paths: NetworkPaths) -> None:
@@ -81,9 +84,9 @@ async def tell(members: Members, paths: NetworkPaths) -> None:
     if all(path.exists() and path.read_text() == text for path, text in texts.items()):
         return
     for path, text in texts.items():
-        files.write_atomically(path, text.encode())
+        files.write_atomically(path, text.encode(), mode=0o644)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(holder.pid, signal.SIGHUP)
+        os.killpg(os.getpgid(holder.pid), signal.SIGHUP)
 
 
 def _policy(members: Members) -> bytes:

@@ -181,7 +181,9 @@ def ports_of(shown: bytes) -> list[Port]:
     return found
 
 
-_BOTH = f"""interface={BRIDGE}
+_BOTH = f"""user=
+group=
+interface={BRIDGE}
 bind-interfaces
 """
 
@@ -196,9 +198,13 @@ def dns(network: Network, *, hosts: str, upstream: str | None) -> str:
 
 
 def dhcp(network: Network, *, leases: str) -> str:
-    """For the dnsmasq that gives each card its address. A private network has no way out to tell of."""
+    """For the dnsmasq that gives each card its address. A private network has no way out to tell of.
+
+    It answers to all on the network, which needs no privilege.
+    """
     return f"""{_BOTH}port=0
 quiet-dhcp
+dhcp-broadcast
 no-ping
 leasefile-ro
 dhcp-authoritative

@@ -156,8 +156,11 @@ class Records(Protocol):
 
     def operation(self, operation_id: str) -> Operation | None: ...
 
-    def put_operation(self, operation: Operation) -> None:
-        """Add or replace. A cancel request that another process recorded meanwhile is kept."""
+    def put_operation(self, operation: Operation, *, durable: bool = True) -> None:
+        """Add or replace. A cancel request that another process recorded meanwhile is kept.
+
+        What isn't `durable` is safe from the end of this process at once, from a power cut with the next that is.
+        """
 
     def request_cancel(self, operation_id: str) -> None: ...
 
