@@ -56,11 +56,10 @@ def for_user_network(
     return HelperJail(jail=jail, weaker="" if namespaces.usable else f"it has no root of its own: {namespaces.why}")
 
 
-def for_names(programs: Sequence[str], *, network_id: str, files: Path, router: bool) -> Jail:
+def for_names(programs: Sequence[str], *, network_id: str, files: Path, ipv6: bool) -> Jail:
     """The jail in which a network's names and addresses are told: a network of its own, and these files.
 
-    A `router` tells IPv6's prefix, for which it takes a raw socket. Its user namespace is the network's as well. Raises
-    `NetworkFailed` where there are no namespaces.
+    Its user namespace is the network's as well. Raises `NetworkFailed` where there are no namespaces.
     """
     namespaces = usable_namespaces()
     if not namespaces.usable:
@@ -71,8 +70,9 @@ def for_names(programs: Sequence[str], *, network_id: str, files: Path, router: 
         namespaces=True,
         user_namespace=True,
         ids=ids,
-        # In that network alone. dnsmasq insists on the second one for DHCP, though it doesn't use it.
-        capabilities=(CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, *((CAP_NET_RAW,) if router else ())),
+        # In that network alone. dnsmasq insists on the second one for DHCP, though it doesn't use it; the third one is
+        # for router advertisements.
+        capabilities=(CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, *((CAP_NET_RAW,) if ipv6 else ())),
     )
 
 

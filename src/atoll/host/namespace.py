@@ -20,6 +20,7 @@ from atoll.host import facts, files, helper_jail, process, syscalls
 from atoll.host.sandbox import own_ids
 from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
+from atoll.model.network import Network
 
 MARK = "atoll-network"
 """The word before a network's id in its holder's argv."""
@@ -63,17 +64,14 @@ def holder_of(paths: NetworkPaths) -> facts.ProcessIdentity | None:
     return known if facts.is_alive(known) else None
 
 
-async def hold(network_id: str, paths: NetworkPaths, *, router: bool = False) -> facts.ProcessIdentity:
-    """Make the namespace, with what the files in `paths` say in it. A `router` has IPv6.
-
-    Raises `NetworkFailed`, `MissingTool`.
-    """
-    end(network_id, paths)
+async def hold(network: Network, paths: NetworkPaths) -> facts.ProcessIdentity:
+    """Make the namespace, with what the files in `paths` say in it. Raises `NetworkFailed`, `MissingTool`."""
+    end(network.id, paths)
     ready, told = os.pipe()
     waiting, going = os.pipe()
     try:
         try:
-            holder = _start(network_id, paths, waiting, told, router=router)
+            holder = _start(network, paths, waiting, told)
         finally:
             os.close(waiting)
             os.close(told)
@@ -86,28 +84,28 @@ async def hold(network_id: str, paths: NetworkPaths, *, router: bool = False) ->
             raise NetworkFailed("a network can't be brought up", last_line(paths.log), "Run `atoll doctor`.")
         return identity
     except (NetworkFailed, ProcessFailed, BrokenPipeError):
-        end(network_id, paths)
+        end(network.id, paths)
         raise
     finally:
         os.close(ready)
         os.close(going)
 
 
-def _start(network_id: str, paths: NetworkPaths, waiting: int, told: int, *, router: bool) -> int:
+def _start(network: Network, paths: NetworkPaths, waiting: int, told: int) -> int:
     """The holder's pid. `alive` is open in it for as long as it lives."""
     sh, dnsmasq, sleep = (process.find(each) for each in ("sh", "dnsmasq", "sleep"))
     alive = os.open(paths.alive, os.O_RDWR | os.O_CLOEXEC)
     try:
         with paths.log.open("ab") as log:
             program = Program(
-                argv=(sh, "-c", HOLDER, MARK, network_id, str(paths.names), dnsmasq, sleep),
+                argv=(sh, "-c", HOLDER, MARK, network.id, str(paths.names), dnsmasq, sleep),
                 descriptors=(alive,),
                 input=waiting,
                 output=told,
                 errors=log.fileno(),
             )
-            programs = (sh, dnsmasq, sleep)
-            jail = helper_jail.for_names(programs, network_id=network_id, files=paths.names, router=router)
+            ipv6 = network.subnet6 is not None
+            jail = helper_jail.for_names((sh, dnsmasq, sleep), network_id=network.id, files=paths.names, ipv6=ipv6)
             return spawn(program, jail)
     finally:
         os.close(alive)

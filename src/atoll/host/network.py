@@ -34,7 +34,7 @@ async def ensure(members: Members, paths: NetworkPaths) -> int:
     holder = namespace.holder_of(paths)
     if holder is None:
         _write_all(members, paths)
-        holder = await namespace.hold(members.network.id, paths, router=members.network.subnet6 is not None)
+        holder = await namespace.hold(members.network, paths)
     else:
         await tell(members, paths)
     if members.network.mode == "nat":
