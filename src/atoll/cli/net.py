@@ -1,4 +1,4 @@
-"""`net create`, `net ls`, `net show`, `net rm`, `net attach`, `net detach`, `net impair`: networks that VMs share."""
+"""`net` and its commands: networks that VMs share, and what is on their cables."""
 
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -6,6 +6,7 @@ import click
 
 from atoll.cli.change import tell_changes
 from atoll.cli.failures import Format
+from atoll.cli.net_capture import capture
 from atoll.cli.options import NETWORK, VM
 from atoll.cli.output import age, emit, format_option, print_description, print_table
 from atoll.errors import InvalidInput
@@ -225,3 +226,6 @@ def impair(vm: str, network: str | None, loss: str, rate: str, others: tuple[str
         await (await host.get(vm)).net_impair(request)
 
     perform(action)
+
+
+net_command.add_command(capture)

@@ -77,7 +77,7 @@ async def add_tap(holder: int, paths: NetworkPaths, mac: str, address: str) -> i
 
     Its name is never given again, so that guards of a tap that is gone let nobody in.
     """
-    port = Port(tap=f"t{secrets.token_hex(6)}", mac=mac, address=address)
+    port = Port(tap=f"{network_text.TAP}{secrets.token_hex(6)}", mac=mac, address=address)
     descriptor = namespace.open_tap(holder, port.tap)
     try:
         script = f"ip -batch - && ip -j link show master {network_text.BRIDGE}"
@@ -118,6 +118,15 @@ async def taps(holder: int) -> list[Port]:
     """Those of VMs that run."""
     shown = await namespace.run(holder, "ip", "-j", "link", "show", "master", network_text.BRIDGE)
     return network_text.ports_of(shown.stdout)
+
+
+async def counters(paths: NetworkPaths) -> dict[str, network_text.Counted]:
+    """What has passed through each card that has a cable here, by its hardware address; nothing when it is down."""
+    holder = namespace.holder_of(paths)
+    if holder is None:
+        return {}
+    shown = await namespace.run(holder.pid, "ip", "-j", "-s", "link", "show", "type", "tun")
+    return network_text.counters_of(shown.stdout)
 
 
 def end(network_id: str, paths: NetworkPaths) -> None:

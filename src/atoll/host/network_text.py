@@ -8,6 +8,8 @@ from msgspec import Struct
 from atoll.model.network import Attached, Impairment, Network
 
 BRIDGE, UPLINK = "br0", "up0"
+TAP = "t"
+"""What the name of a card's tap begins with."""
 LEASE_TIME = "1h"
 BURST = 128 * 1024
 """Bytes that pass at once on a slow cable: two packets of the largest kind that guests hand over."""
@@ -138,6 +140,24 @@ def ports_of(shown: bytes) -> list[Port]:
         mac, _, address = link.get("ifalias", "").partition("/")
         if address:
             found.append(Port(tap=link["ifname"], mac=mac, address=address))
+    return found
+
+
+class Counted(Struct, frozen=True, kw_only=True):
+    """What the card of a tap received and sent: bytes, then packets."""
+
+    received: tuple[int, int]
+    sent: tuple[int, int]
+
+
+def counters_of(shown: bytes) -> dict[str, Counted]:
+    """By hardware address, from `ip -j -s link show type tun`. What a card sends its tap receives."""
+    found = {}
+    for link in json.loads(shown or b"[]"):
+        mac, _, address = link.get("ifalias", "").partition("/")
+        if address and link["ifname"].startswith(TAP):
+            rx, tx = link["stats64"]["rx"], link["stats64"]["tx"]
+            found[mac] = Counted(received=(tx["bytes"], tx["packets"]), sent=(rx["bytes"], rx["packets"]))
     return found
 
 

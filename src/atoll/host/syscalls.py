@@ -34,6 +34,11 @@ def unshare(flags: int) -> None:
     _checked(_syscall(_UNSHARE, ctypes.c_ulong(flags)), "unshare")
 
 
+def enter_namespace(descriptor: int, kind: int) -> None:
+    """Python has this since 3.12."""
+    _checked(_libc.setns(descriptor, kind), "setns")
+
+
 def mount(source: str | None, target: str, kind: str | None = None, flags: int = 0, data: str | None = None) -> None:
     words = [None if word is None else os.fsencode(word) for word in (source, target, kind, data)]
     _checked(_libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]), f"mount {target}")

@@ -68,6 +68,16 @@ class ImpairRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """VMs on the network that it can't reach, nor they it."""
 
 
+class CaptureRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of a VM's frames is wanted. None stands for its only card, and for as long as it runs."""
+
+    network: str | None = None
+    nic: str | None = None
+    """The card's name, such as `net0`."""
+    count: int | None = None
+    seconds: float | None = None
+
+
 class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A new VM. What is None comes from the image, else from Atoll's defaults."""
 

@@ -134,20 +134,29 @@ async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
         return await world.add_tap(holder, paths, nic.mac, nic.address)
 
 
+def card_of(
+    services: Services, vm: Vm, *, network: str | None = None, name: str | None = None, shared: bool = False
+) -> NicSpec:
+    """The one that is meant: by its network, by its name, else the only one. Raises `NotFound`, `InvalidInput`."""
+    wanted = None if network is None else find_network(services, network).id
+    on = [nic for nic in vm.spec.nics if nic.network != NOWHERE and (nic.network or not shared)]
+    found = [nic for nic in on if wanted in (None, nic.network) and name in (None, nic.name)]
+    if not found:
+        what = f"has no card '{name}'" if name else "isn't on that network" if on else "isn't on a network"
+        raise NotFound(f"{vm.name} {what}", next_step=f"`atoll show {vm.name}` tells its cards.")
+    if len(found) > 1:
+        what = "on" if shared else "connected to"
+        raise InvalidInput(f"{vm.name} is {what} {len(found)} networks", next_step="Say which with --network.")
+    return found[0]
+
+
 async def impair(vm: Vm, request: ImpairRequest, *, services: Services) -> None:
     """Let a VM's cable work badly until the network goes down. Raises `NotFound`, `InvalidInput`, `WrongState`."""
     from atoll.host import network as world
 
-    on = [nic for nic in vm.spec.nics if nic.network]
-    wanted = None if request.network is None else find_network(services, request.network).id
-    on = [nic for nic in on if wanted in (None, nic.network)]
-    if not on:
-        raise NotFound(f"{vm.name} isn't on that network", next_step=f"`atoll show {vm.name}` tells its cards.")
-    if len(on) > 1:
-        raise InvalidInput(f"{vm.name} is on {len(on)} networks", next_step="Say which with --network.")
+    nic = card_of(services, vm, network=request.network, shared=True)
     if not 0 <= request.loss <= 100 or request.rate < 0:
         raise InvalidInput("no cable can do that", "it loses 0 to 100 %", "Write it like --loss 5%.")
-    (nic,) = on
     assert nic.network
     async with locked(services, [nic.network]):
         macs = {each.vm: each.mac for each in services.records.attached(nic.network).get(nic.network, ())}

@@ -16,6 +16,7 @@ from atoll.model.network import Network, NetworkInfo
 from atoll.model.operation import Operation, Progress
 from atoll.model.requests import (
     BuildRequest,
+    CaptureRequest,
     CreateRequest,
     DiskRequest,
     ImpairRequest,
@@ -149,6 +150,14 @@ class AsyncVm(Protocol):
 
     async def net_impair(self, request: ImpairRequest) -> None:
         """Let its cable on a network lose packets, be slow, or not reach others; `ImpairRequest()` mends it."""
+
+    def net_capture(
+        self, request: CaptureRequest | None = None, *, on_lost: Callable[[int], None] | None = None
+    ) -> AsyncIterator[bytes]:
+        """What passes through a card from now on, as a pcap file: its header, then each frame as one item.
+
+        Frames that come faster than they are taken are lost here, not to the guest; `on_lost` is told how many.
+        """
 
     async def snapshot(
         self,

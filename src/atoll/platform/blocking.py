@@ -199,6 +199,7 @@ class Vm(_Handle[AsyncVm]):
     net_attach = _blocking(AsyncVm.net_attach)
     net_detach = _blocking(AsyncVm.net_detach)
     net_impair = _blocking(AsyncVm.net_impair)
+    net_capture = _plain_iterator(AsyncVm.net_capture)
     snapshot = _blocking(AsyncVm.snapshot)
     history = _blocking(AsyncVm.history)
     restore = _blocking(AsyncVm.restore)
