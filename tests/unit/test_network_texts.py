@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from atoll.cli.options import parse_nics, parse_percent, parse_rate
 from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
 from atoll.host import network_text
-from atoll.host.network_text import Port
+from atoll.host.network_text import Link, Port
 from atoll.model import subnets
 from atoll.model.network import Attached, Impairment, Network
 from atoll.model.requests import CreateRequest, NicRequest
@@ -38,6 +38,7 @@ CARDS = [
     Attached(vm_id="b", vm="web", nic="net1", mac="52:54:00:00:00:02", address="10.213.0.3"),
 ]
 PORTS = [Port(tap=f"t{number}", mac=card.mac, address=card.address) for number, card in enumerate(CARDS)]
+CABLE = Link(name="t1", index=4, mac=PORTS[1].mac, address=PORTS[1].address)
 
 IMPAIRED = Impairment(mac=CARDS[0].mac, loss=2.5, rate=1250000, cut_from=(CARDS[1].mac, "52:54:00:00:00:99"))
 
@@ -48,6 +49,9 @@ def told(network: Network) -> dict[str, str]:
         "links": network_text.links(network),
         "rules": network_text.rules(network),
         "guards": network_text.guards(PORTS),
+        "relayed": network_text.guards(PORTS[:1], relayed=PORTS[1:])
+        + network_text.relayed_cable(CABLE, inner="i1", outer="r1", bridge_there=False)
+        + network_text.plain_cables([CABLE], ["q1"]),
         "impaired": network_text.guards(PORTS, [IMPAIRED]),
         "joined": network_text.joined(PORTS[0]),
         "dns": network_text.dns(network, hosts="/run/hosts", upstream=upstream),
@@ -66,10 +70,15 @@ def test_what_programs_are_told(network: Network) -> None:
     assert text == golden.read_text()
 
 
-def test_ports_are_read_back() -> None:
-    shown = b'[{"ifname":"t0","ifalias":"52:54:00:00:00:01/10.213.0.2"},{"ifname":"x"}]'
-    assert network_text.ports_of(shown) == PORTS[:1]
-    assert network_text.ports_of(b"") == []
+def test_links_are_read_back() -> None:
+    shown = b"""[{"ifname":"t0","ifindex":3,"master":"br0","ifalias":"52:54:00:00:00:01/10.213.0.2"},
+        {"ifname":"t1","ifindex":4,"master":"q1","ifalias":"52:54:00:00:00:02/10.213.0.3"},
+        {"ifname":"i1","ifindex":5,"master":"q1"},{"ifname":"x","ifindex":6}]"""
+    links = network_text.links_of(shown)
+    assert network_text.ports_of(links) == PORTS[:1]
+    assert network_text.relayed_of(links) == PORTS[1:]
+    assert [link.name for link in links if not link.mac] == ["i1", "x"]
+    assert network_text.links_of(b"") == []
 
 
 def test_subnets_and_addresses() -> None:

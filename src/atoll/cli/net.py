@@ -7,11 +7,11 @@ import click
 from atoll.cli.change import tell_changes
 from atoll.cli.failures import Format
 from atoll.cli.net_capture import capture
+from atoll.cli.net_impair import impair, told
 from atoll.cli.options import NETWORK, VM
 from atoll.cli.output import age, emit, format_option, print_description, print_table
-from atoll.errors import InvalidInput
-from atoll.model.network import Mode, Network, NetworkInfo
-from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest
+from atoll.model.network import Attached, Mode, Network, NetworkInfo
+from atoll.model.requests import NetworkRequest, NicRequest
 from atoll.model.spec import NicSpec
 from atoll.model.vm import Change
 
@@ -117,7 +117,7 @@ def show(network: str, format: Format) -> None:
     if format != "table":
         emit(found, format)
         return
-    cards = [f"{each.vm}.{found.network.domain}  {each.address}  {each.mac}" for each in found.attached]
+    cards = [_card(found, each) for each in found.attached]
     pairs = [
         ("Name", found.network.name),
         ("Id", found.network.id),
@@ -129,6 +129,12 @@ def show(network: str, format: Format) -> None:
         ("VMs", "\n".join(cards)),
     ]
     print_description([pair for pair in pairs if pair[1]])
+
+
+def _card(info: NetworkInfo, card: Attached) -> str:
+    vms = {each.mac: each.vm for each in info.attached}
+    wrong = next((told(each, vms) for each in info.impairments if each.mac == card.mac), "")
+    return f"{card.vm}.{info.network.domain}  {card.address}  {card.mac}{f'  {wrong}' if wrong else ''}"
 
 
 @net_command.command("rm")
@@ -197,35 +203,5 @@ def detach(vm: str, network: str, format: Format) -> None:
     tell_changes([perform(action)], format)
 
 
-@net_command.command("impair")
-@click.argument("vm", type=VM)
-@click.option("--network", type=NETWORK, help="On which network, when it is on several.")
-@click.option("--loss", metavar="PERCENT", default="0", help="Packets that are lost in each direction, such as 5%.")
-@click.option("--rate", metavar="RATE", default="0", help="What passes each way, such as 10Mbit; more is lost.")
-@click.option(
-    "--partition", "others", type=VM, multiple=True, metavar="VM", help="It can't reach this one. Repeatable."
-)
-@click.option("--clear", is_flag=True, help="Mend it.")
-def impair(vm: str, network: str | None, loss: str, rate: str, others: tuple[str, ...], clear: bool) -> None:
-    """Let a VM's cable work badly, to see what its programs do then. Each command takes the place of the one before.
-
-    \b
-    Examples:
-      atoll net impair db --partition web
-      atoll net impair db --loss 5% --rate 10Mbit
-      atoll net impair db --clear
-    """
-    from atoll.cli.options import parse_percent, parse_rate
-    from atoll.cli.session import perform
-
-    request = ImpairRequest(network=network, loss=parse_percent(loss), rate=parse_rate(rate), cut_from=others)
-    if clear is (request != ImpairRequest(network=network)):
-        raise InvalidInput("what shall the cable do?", next_step="Say --loss, --rate or --partition; or else --clear.")
-
-    async def action(host: "AsyncHost") -> None:
-        await (await host.get(vm)).net_impair(request)
-
-    perform(action)
-
-
-net_command.add_command(capture)
+for _command in (capture, impair):
+    net_command.add_command(_command)

@@ -140,10 +140,11 @@ def open_tap(holder: int | None, name: str) -> int:
     """A descriptor of a new tap in the namespace; without a holder in one where there is nothing else. The tap goes
     when its last descriptor is closed. Raises `NetworkFailed`.
     """
-    return open_inside(holder, lambda: [_make_tap(name)], "a network tap")[0]
+    return open_inside(holder, lambda: [make_tap(name)], "a network tap")[0]
 
 
-def _make_tap(name: str) -> int:
+def make_tap(name: str) -> int:
+    """For `open_inside`."""
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(tap, _SET_INTERFACE, struct.pack("16sH22x", name.encode(), _TAP | _NO_INFORMATION | _OFFLOADS))
     return tap

@@ -17,8 +17,8 @@ import msgspec
 from msgspec.structs import replace
 
 from atoll.errors import WrongState
-from atoll.host import files, namespace, network_text, uplink
-from atoll.host.network_text import Port
+from atoll.host import cables, files, namespace, network_text, uplink
+from atoll.host.network_text import Link, Port
 from atoll.layout import NetworkPaths
 from atoll.model.network import Attached, Impairment, Network
 
@@ -80,18 +80,21 @@ async def add_tap(holder: int, paths: NetworkPaths, mac: str, address: str) -> i
     port = Port(tap=f"{network_text.TAP}{secrets.token_hex(6)}", mac=mac, address=address)
     descriptor = namespace.open_tap(holder, port.tap)
     try:
-        script = f"ip -batch - && ip -j link show master {network_text.BRIDGE}"
+        script = "ip -batch - && ip -j link show"
         shown = await namespace.run(holder, "sh", "-c", script, stdin=network_text.joined(port))
-        await _guard(holder, paths, network_text.ports_of(shown.stdout))
+        await _wire(holder, paths, network_text.links_of(shown.stdout))
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-async def _guard(holder: int, paths: NetworkPaths, ports: Sequence[Port]) -> None:
-    text = network_text.guards(ports, impairments(paths))
-    await namespace.run(holder, "nft", "-f", "-", stdin=text)
+async def _wire(holder: int, paths: NetworkPaths, links: Sequence[Link]) -> None:
+    """Cables as they should be, and guards for what is there then."""
+    wanted = impairments(paths)
+    links = await cables.mended(holder, paths, links, wanted)
+    ports, relayed = network_text.ports_of(links), network_text.relayed_of(links)
+    await namespace.run(holder, "nft", "-f", "-", stdin=network_text.guards(ports, wanted, relayed=relayed))
 
 
 def impairments(paths: NetworkPaths) -> list[Impairment]:
@@ -109,15 +112,19 @@ async def impair(paths: NetworkPaths, wanted: Impairment) -> None:
     others = [each for each in impairments(paths) if each.mac != wanted.mac]
     # A cut is one thing for both of its ends.
     others = [replace(each, cut_from=tuple(mac for mac in each.cut_from if mac != wanted.mac)) for each in others]
-    everything = [each for each in (*others, wanted) if each != Impairment(mac=each.mac)]
+    before = impairments(paths)
+    try:
+        await _impair(holder.pid, paths, [*others, wanted])
+    except BaseException:
+        await _impair(holder.pid, paths, before)
+        raise
+
+
+async def _impair(holder: int, paths: NetworkPaths, everything: Sequence[Impairment]) -> None:
+    everything = [each for each in everything if each != Impairment(mac=each.mac)]
     files.write_atomically(paths.impairments, msgspec.json.encode(everything))
-    await _guard(holder.pid, paths, await taps(holder.pid))
-
-
-async def taps(holder: int) -> list[Port]:
-    """Those of VMs that run."""
-    shown = await namespace.run(holder, "ip", "-j", "link", "show", "master", network_text.BRIDGE)
-    return network_text.ports_of(shown.stdout)
+    shown = await namespace.run(holder, "ip", "-j", "link", "show")
+    await _wire(holder, paths, network_text.links_of(shown.stdout))
 
 
 async def counters(paths: NetworkPaths) -> dict[str, network_text.Counted]:
@@ -133,5 +140,6 @@ def end(network_id: str, paths: NetworkPaths) -> None:
     """Take it all away; idempotent."""
     import shutil
 
+    cables.end(paths)
     namespace.end(network_id, paths)
     shutil.rmtree(paths.run, ignore_errors=True)

@@ -8,11 +8,22 @@ from msgspec import Struct
 from atoll.model.network import Attached, Impairment, Network
 
 BRIDGE, UPLINK = "br0", "up0"
-TAP = "t"
-"""What the name of a card's tap begins with."""
+TAP, INNER, OUTER, PRIVATE = "t", "i", "r", "q"
+"""What names begin with: of a card's tap; of a relay's two, and of the bridge of its own that the card is on then."""
 LEASE_TIME = "1h"
 BURST = 128 * 1024
 """Bytes that pass at once on a slow cable: two packets of the largest kind that guests hand over."""
+
+
+class Link(Struct, frozen=True, kw_only=True):
+    """An interface in the namespace."""
+
+    name: str
+    index: int
+    master: str = ""
+    mac: str = ""
+    """Of the card that it is the cable of, with its address."""
+    address: str = ""
 
 
 class Port(Struct, frozen=True, kw_only=True):
@@ -45,7 +56,8 @@ def rules(network: Network) -> str:
     return f"""table inet atoll {{
     chain input {{
         type filter hook input priority filter; policy drop;
-        iifname != "{BRIDGE}" accept
+        iifname {{ "lo", "{UPLINK}" }} accept
+        iifname != "{BRIDGE}" drop
         ip protocol icmp accept
         meta l4proto {{ tcp, udp }} th dport 53 accept
         udp dport 67 accept
@@ -54,6 +66,7 @@ def rules(network: Network) -> str:
         type filter hook forward priority filter; policy drop;
         ct state established,related accept
         iifname "{BRIDGE}" oifname "{BRIDGE}" accept
+        iifname "{PRIVATE}*" oifname "{PRIVATE}*" accept
         iifname "{BRIDGE}" oifname "{UPLINK}" ip saddr {network.subnet} accept
         iifname "{UPLINK}" oifname "{BRIDGE}" ip daddr {network.subnet} accept
     }}
@@ -65,13 +78,14 @@ def rules(network: Network) -> str:
 {guards([])}"""
 
 
-def guards(ports: Sequence[Port], impairments: Sequence[Impairment] = ()) -> str:
+def guards(ports: Sequence[Port], impairments: Sequence[Impairment] = (), *, relayed: Sequence[Port] = ()) -> str:
     """For nft: the table that lets out of each tap only what its card may say. It takes the place of the one before.
 
+    `relayed` are those of cards that are on a bridge of their own, with a relay's tap in their place on the network's.
     What isn't IPv4 or ARP isn't let through. A guest can't answer for DHCP. Cables that work badly do so here, too.
     """
-    macs = ", ".join(f'"{port.tap}" . {port.mac}' for port in ports)
-    addresses = ", ".join(f'"{port.tap}" . {port.mac} . {port.address}' for port in ports)
+    macs = ", ".join(f'"{port.tap}" . {port.mac}' for port in (*ports, *relayed))
+    addresses = ", ".join(f'"{port.tap}" . {port.mac} . {port.address}' for port in (*ports, *relayed))
     return f"""table bridge atoll
 delete table bridge atoll
 table bridge atoll {{
@@ -85,6 +99,7 @@ table bridge atoll {{
     }}
     chain from_guests {{
         type filter hook prerouting priority -300; policy drop;
+        iifname "{INNER}*" accept
         iifname . ether saddr != @macs drop
         ether type arp iifname . arp saddr ether . arp saddr ip @addresses accept
         ether type ip udp sport 67 drop
@@ -133,14 +148,52 @@ link set {port.tap} master {BRIDGE} up
 """
 
 
-def ports_of(shown: bytes) -> list[Port]:
-    """The taps on the bridge, from `ip -j link show master br0`."""
+def private_bridge(tap: str) -> str:
+    return PRIVATE + tap.removeprefix(TAP)
+
+
+def relayed_cable(card: Link, *, inner: str, outer: str, bridge_there: bool) -> str:
+    """For `ip -batch`: a card's tap goes to a bridge of its own, where nobody else speaks, and the relay's take its
+    place.
+    """
+    bridge = private_bridge(card.name)
+    made = f"link add {bridge} type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n" if not bridge_there else ""
+    return f"""{made}link set {bridge} arp off addrgenmode none up
+link set {inner} master {bridge} up
+link set {card.name} nomaster
+link set {card.name} master {bridge} up
+{joined(Port(tap=outer, mac=card.mac, address=card.address))}"""
+
+
+def plain_cables(cards: Sequence[Link], unused: Sequence[str]) -> str:
+    """For `ip -batch`: taps go back to the network's bridge, and bridges of their own go."""
+    back = (f"link set {card.name} nomaster\nlink set {card.name} master {BRIDGE} up\n" for card in cards)
+    return "".join((*back, *(f"link del {bridge}\n" for bridge in unused)))
+
+
+def links_of(shown: bytes) -> list[Link]:
+    """All of the namespace, from `ip -j link show`."""
     found = []
     for link in json.loads(shown or b"[]"):
         mac, _, address = link.get("ifalias", "").partition("/")
-        if address:
-            found.append(Port(tap=link["ifname"], mac=mac, address=address))
+        found.append(
+            Link(name=link["ifname"], index=link["ifindex"], master=link.get("master", ""), mac=mac, address=address)
+        )
     return found
+
+
+def ports_of(links: Sequence[Link]) -> list[Port]:
+    """The cables on the network's bridge."""
+    return [_port(link) for link in links if link.master == BRIDGE and link.address]
+
+
+def relayed_of(links: Sequence[Link]) -> list[Port]:
+    """The taps of cards that a relay stands in for."""
+    return [_port(link) for link in links if link.master.startswith(PRIVATE) and link.address]
+
+
+def _port(link: Link) -> Port:
+    return Port(tap=link.name, mac=link.mac, address=link.address)
 
 
 class Counted(Struct, frozen=True, kw_only=True):

@@ -35,6 +35,22 @@ class Attached(Struct, frozen=True, kw_only=True):
     address: str
 
 
+class Relayed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a relay does to frames of a card, each way."""
+
+    peer: str | None = None
+    """Only to and from this card; None for all that none is said of."""
+    delay: float = 0
+    """Seconds."""
+    jitter: float = 0
+    """A delay is by up to this longer or shorter. It doesn't change the order."""
+    loss: float = 0
+    """Of 100, as all below."""
+    duplicate: float = 0
+    reorder: float = 0
+    """Frames that are overtaken by those behind them."""
+
+
 class Impairment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How badly a card's cable works, in both directions. The card is named by its hardware address."""
 
@@ -45,6 +61,7 @@ class Impairment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes a second that pass in each direction; 0 for all."""
     cut_from: tuple[str, ...] = ()
     """Cards that it can't reach, nor they it."""
+    relayed: tuple[Relayed, ...] = ()
 
 
 class NetworkInfo(Struct, frozen=True, kw_only=True):
@@ -54,3 +71,5 @@ class NetworkInfo(Struct, frozen=True, kw_only=True):
     up: bool
     """It is there on this computer. It comes up by itself when a VM on it starts."""
     attached: tuple[Attached, ...] = ()
+    impairments: tuple[Impairment, ...] = ()
+    """What cables do wrong."""

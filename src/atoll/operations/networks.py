@@ -8,8 +8,7 @@ from msgspec.structs import replace
 
 from atoll.errors import InvalidInput, NotFound
 from atoll.model.names import find
-from atoll.model.network import Impairment, Network, NetworkInfo
-from atoll.model.requests import ImpairRequest
+from atoll.model.network import Network, NetworkInfo
 from atoll.model.spec import NOWHERE, NicSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations.services import Services
@@ -30,14 +29,15 @@ def network_of(services: Services, network_id: str) -> Network:
 
 
 def list_networks(services: Services) -> list[NetworkInfo]:
-    from atoll.host.network import is_up
+    from atoll.host.network import impairments, is_up
 
     attached = services.records.attached()
     return [
         NetworkInfo(
             network=network,
-            up=is_up(services.layout.network(network.id)),
+            up=(up := is_up(services.layout.network(network.id))),
             attached=tuple(attached.get(network.id, ())),
+            impairments=tuple(impairments(services.layout.network(network.id))) if up else (),
         )
         for network in services.records.networks()
     ]
@@ -148,24 +148,6 @@ def card_of(
         what = "on" if shared else "connected to"
         raise InvalidInput(f"{vm.name} is {what} {len(found)} networks", next_step="Say which with --network.")
     return found[0]
-
-
-async def impair(vm: Vm, request: ImpairRequest, *, services: Services) -> None:
-    """Let a VM's cable work badly until the network goes down. Raises `NotFound`, `InvalidInput`, `WrongState`."""
-    from atoll.host import network as world
-
-    nic = card_of(services, vm, network=request.network, shared=True)
-    if not 0 <= request.loss <= 100 or request.rate < 0:
-        raise InvalidInput("no cable can do that", "it loses 0 to 100 %", "Write it like --loss 5%.")
-    assert nic.network
-    async with locked(services, [nic.network]):
-        macs = {each.vm: each.mac for each in services.records.attached(nic.network).get(nic.network, ())}
-        for other in request.cut_from:
-            if other not in macs or other == vm.name:
-                raise NotFound(f"'{other}' isn't another VM on that network", next_step=f"There are {', '.join(macs)}.")
-        cut_from = tuple(macs[other] for other in request.cut_from)
-        impairment = Impairment(mac=nic.mac, loss=request.loss, rate=request.rate, cut_from=cut_from)
-        await world.impair(services.layout.network(nic.network), impairment)
 
 
 async def tell_names(services: Services, network_ids: Iterable[str]) -> None:

@@ -149,7 +149,7 @@ class AsyncVm(Protocol):
         """Take the card on a network away, at once where the guest lets go of it."""
 
     async def net_impair(self, request: ImpairRequest) -> None:
-        """Let its cable on a network lose packets, be slow, or not reach others; `ImpairRequest()` mends it."""
+        """Let its cable on a network lose, delay or double packets, or not reach others; `ImpairRequest()` mends it."""
 
     def net_capture(
         self, request: CaptureRequest | None = None, *, on_lost: Callable[[int], None] | None = None

@@ -260,7 +260,7 @@ class LocalVm:
         return await detach(self._record(), find_network(self._services, network), services=self._services)
 
     async def net_impair(self, request: ImpairRequest) -> None:
-        from atoll.operations.networks import impair
+        from atoll.operations.network_impair import impair
 
         await impair(self._record(), request, services=self._services)
 
