@@ -56,6 +56,7 @@ def told(network: Network) -> dict[str, str]:
         "joined": network_text.joined(PORTS[0]),
         "dns": network_text.dns(network, hosts="/run/hosts", upstream=upstream),
         "dhcp": network_text.dhcp(network, leases="/run/leases"),
+        "resolver": network_text.resolver(network) + network_text.name_switch("passwd: files\nhosts: resolve dns\n"),
         "hosts": network_text.hosts(network, CARDS),
         "leases": network_text.leases(CARDS),
     }

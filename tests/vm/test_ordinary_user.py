@@ -81,6 +81,8 @@ def networks_work(person: Person) -> None:
     person.atoll("exec", "mine", "--", "sh", "-c", found.decode())
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
         assert answer.read() == b"served\n"
+    fetch = "import urllib.request; print(urllib.request.urlopen('http://other/', timeout=10).read())"
+    assert person.atoll("net", "exec", "lab", "--", sys.executable, "-c", fetch) == b"b'served\\n'\n"
     # Whoever waits for the dead may take its time, hence the states.
     look = ["pgrep", "-a", "-u", str(USER), "-r", "DRS", "-f", "atoll-network|dnsmasq|slirp4netns .* up0"]
     pids = person.run(*look).stdout.splitlines()

@@ -7,6 +7,7 @@ import click
 from atoll.cli.change import tell_changes
 from atoll.cli.failures import Format
 from atoll.cli.net_capture import capture
+from atoll.cli.net_exec import exec_inside
 from atoll.cli.net_impair import impair, told
 from atoll.cli.options import NETWORK, VM
 from atoll.cli.output import age, emit, format_option, print_description, print_table
@@ -203,5 +204,5 @@ def detach(vm: str, network: str, format: Format) -> None:
     tell_changes([perform(action)], format)
 
 
-for _command in (capture, impair):
+for _command in (capture, exec_inside, impair):
     net_command.add_command(_command)

@@ -125,9 +125,11 @@ def end(network_id: str, paths: NetworkPaths) -> None:
     paths.holder.unlink(missing_ok=True)
 
 
-def entered(holder: int, *, net: bool = True) -> list[str]:
-    """What runs a program in the namespace; without `net` only in the user namespace that it belongs to."""
-    kinds = ["--user", "--preserve-credentials", *(["--net"] if net else [])]
+def entered(holder: int, *, net: bool = True, user: bool = True) -> list[str]:
+    """What runs a program in the namespace; without `net` only in the user namespace that it belongs to. Root needs
+    not enter that.
+    """
+    kinds = [*(["--user", "--preserve-credentials"] if user else []), *(["--net"] if net else [])]
     return [process.find("nsenter"), *kinds, f"--target={holder}", "--"]
 
 

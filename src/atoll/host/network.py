@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
@@ -70,6 +71,14 @@ def tell_names(network: Network, paths: NetworkPaths, attached: Sequence[Attache
         files.write_atomically(path, text.encode())
     with contextlib.suppress(ProcessLookupError):
         os.killpg(holder.pid, signal.SIGHUP)
+
+
+def write_resolver(network: Network, paths: NetworkPaths) -> None:
+    """For programs of this computer that run in it: whom they ask for names."""
+    files.write_atomically(paths.resolver, network_text.resolver(network).encode())
+    with contextlib.suppress(FileNotFoundError):
+        here = Path("/etc/nsswitch.conf").read_text()
+        files.write_atomically(paths.name_switch, network_text.name_switch(here).encode())
 
 
 async def add_tap(holder: int, paths: NetworkPaths, mac: str, address: str) -> int:

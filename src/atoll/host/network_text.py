@@ -58,6 +58,7 @@ def rules(network: Network) -> str:
         type filter hook input priority filter; policy drop;
         iifname {{ "lo", "{UPLINK}" }} accept
         iifname != "{BRIDGE}" drop
+        ct state established,related accept
         ip protocol icmp accept
         meta l4proto {{ tcp, udp }} th dport 53 accept
         udp dport 67 accept
@@ -247,6 +248,18 @@ dhcp-option=option:domain-search,{network.domain}
 def _mask(network: Network) -> str:
     bits = 0xFFFFFFFF << (32 - int(network.subnet.partition("/")[2])) & 0xFFFFFFFF
     return ".".join(str(bits >> shift & 0xFF) for shift in (24, 16, 8, 0))
+
+
+def resolver(network: Network) -> str:
+    """For resolv.conf(5)."""
+    return f"search {network.domain}\nnameserver {network.gateway}\n"
+
+
+def name_switch(here: str) -> str:
+    """This computer's nsswitch.conf(5), but that names are asked for by DNS."""
+    return "".join(
+        "hosts: files dns\n" if line.startswith("hosts:") else line for line in here.splitlines(keepends=True)
+    )
 
 
 def hosts(network: Network, attached: Sequence[Attached]) -> str:

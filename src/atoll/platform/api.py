@@ -280,6 +280,12 @@ class AsyncNetworks(Protocol):
     async def show(self, reference: str) -> NetworkInfo: ...
     async def create(self, request: NetworkRequest | str) -> Network: ...
 
+    async def exec(self, reference: str, command: Sequence[str], *, stdin: bytes | None = None) -> ExecResult:
+        """Run a program of this computer in the network, which comes up for that: it reaches VMs by their names."""
+
+    async def command_line(self, reference: str, command: Sequence[str]) -> list[str]:
+        """What runs it there, for who wants to start it himself."""
+
     async def rm(self, reference: str, *, force: bool = False) -> None:
         """One that VMs have cards on only with `force`, which takes those away."""
 

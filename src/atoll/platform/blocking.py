@@ -294,6 +294,8 @@ class Networks(_Handle[AsyncNetworks]):
     ls = _blocking(AsyncNetworks.ls)
     show = _blocking(AsyncNetworks.show)
     create = _blocking(AsyncNetworks.create)
+    exec = _blocking(AsyncNetworks.exec)
+    command_line = _blocking(AsyncNetworks.command_line)
     rm = _blocking(AsyncNetworks.rm)
 
 
