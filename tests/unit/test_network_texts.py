@@ -4,6 +4,7 @@ To take over a change that is meant: `ATOLL_UPDATE_GOLDEN=1 ./dev test tests/uni
 the diff.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from msgspec.structs import replace
 
 from atoll.cli.options import parse_nics, parse_percent, parse_rate
 from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
-from atoll.host import network_text
+from atoll.host import host_bridge, network_text
+from atoll.host.host_bridge import HostTap
 from atoll.host.network_text import Link, Port
 from atoll.model import subnets
 from atoll.model.network import Attached, Impairment, Network
@@ -171,6 +173,22 @@ def vm(name: str, mac: str, address: str | None, network: str = LAB.id) -> Vm:
     return Vm(id=name, name=name, image="", created_at=0, spec=VmSpec(nics=(nic,)))
 
 
+def test_cards_on_a_bridge_of_the_computer_are_recorded_without_addresses(tmp_path: Path) -> None:
+    records = SqliteRecords(tmp_path / "atoll.db")
+    office = replace(LAB, name="office", mode="bridge", bridge="br7", subnet="", gateway="", domain="")
+    records.add_network(office)
+    records.add_vm(vm("web", "52:54:00:00:00:01", None))
+    records.add_vm(vm("db", "52:54:00:00:00:02", None))
+    records.add_vm(vm("fixed", "52:54:00:00:00:03", "192.0.2.9"))
+    found = records.attached(office.id)[office.id]
+    assert [(each.vm, each.address) for each in found] == [("db", ""), ("fixed", "192.0.2.9"), ("web", "")]
+    with pytest.raises(AlreadyExists, match="52:54:00:00:00:02 is taken"):
+        records.add_vm(vm("other", "52:54:00:00:00:02", "192.0.2.10"))
+    assert subnets.check_address(office, "192.0.2.9") == "192.0.2.9"
+    with pytest.raises(InvalidInput, match=r"no VM can have 127\.0\.0\.1"):
+        subnets.check_address(office, "127.0.0.1")
+
+
 def test_each_address_is_recorded_once(tmp_path: Path) -> None:
     records = SqliteRecords(tmp_path / "atoll.db")
     records.add_network(LAB)
@@ -197,3 +215,25 @@ def test_each_address_is_recorded_once(tmp_path: Path) -> None:
     records.remove_network(LAB.id)
     assert records.networks() == [] and records.network(LAB.id) is None
     records.close()
+
+
+def test_guards_on_a_bridge_of_the_computer_speak_of_our_taps_only() -> None:
+    free, fixed = HostTap(tap="at1", mac=CARDS[0].mac), HostTap(tap="at2", mac=CARDS[1].mac, address="192.0.2.9")
+    office = replace(LAB, mode="bridge", bridge="br7", subnet="", gateway="", domain="")
+    text = "".join(
+        f"== {name}\n{content}"
+        for name, content in {
+            "guards": host_bridge.guards(office.id, [free, fixed]),
+            "without": host_bridge.guards(office.id, []),
+            "joined": host_bridge.joined(office, fixed, mtu=9000),
+        }.items()
+    )
+    golden = GOLDEN / "network-office.txt"
+    if os.environ.get("ATOLL_UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    shown = [
+        {"ifname": tap.tap, "ifalias": f"atoll-{office.id} {tap.mac} {tap.address}".strip()} for tap in (free, fixed)
+    ]
+    others = [{"ifname": "at3", "ifalias": f"atoll-{WAN.id} {free.mac} "}, {"ifname": "vnet0"}]
+    assert host_bridge.taps_of(office.id, json.dumps([*shown, *others]).encode()) == [free, fixed]

@@ -71,6 +71,8 @@ def owners(pid: str) -> set[str]:
 
 def networks_work(person: Person) -> None:
     """A network of two machines that leads out, without a privilege."""
+    words = ("net", "create", "office", "--mode", "bridge", "--bridge", "br0")
+    assert b"networks of mode bridge are root's" in person.run(sys.executable, "-c", ATOLL, *words).stderr
     person.atoll("net", "create", "lab", "--mode", "nat", "--subnet", "10.99.1.0/24")
     person.atoll("run", "tiny", "--name", "other", "--memory", "96MiB", "--network", "lab", "--quiet")
     port = free_port()

@@ -36,8 +36,10 @@ def net_command() -> None:
 @click.argument("name")
 @click.option(
     "--mode", type=click.Choice(get_args(Mode)), default="private",
-    help="private: leads nowhere (the default); nat: out through this computer, and published ports in.",
+    help="private: leads nowhere (the default); nat: out through this computer, and published ports in; "
+    "bridge: the network behind a bridge that this computer has.",
 )  # fmt: skip
+@click.option("--bridge", metavar="BRIDGE", help="That bridge, such as br0.")
 @click.option("--subnet", metavar="CIDR", help="Its addresses, such as 10.20.30.0/24 (default: a free one).")
 @click.option("--dns-domain", metavar="DOMAIN", help="VMs are VM.DOMAIN on it (default: NAME.atoll).")
 @format_option
@@ -48,6 +50,7 @@ def create(name: str, format: Format, **options: Any) -> None:
     Examples:
       atoll net create lab
       atoll net create web --mode nat --subnet 10.20.30.0/24 --dns-domain web.example
+      sudo atoll net create office --mode bridge --bridge br0
     """
     from atoll.cli.session import perform
 
@@ -89,7 +92,7 @@ def ls(quiet: bool, format: Format) -> None:
             (
                 each.network.name,
                 each.network.mode,
-                each.network.subnet,
+                each.network.subnet or each.network.bridge,
                 "up" if each.up else "down",
                 ", ".join(card.vm for card in each.attached) or "-",
                 age(each.network.created_at),
@@ -118,12 +121,14 @@ def show(network: str, format: Format) -> None:
     if format != "table":
         emit(found, format)
         return
+    down = "its bridge isn't there" if found.network.bridge else "down; it comes up when a VM on it starts"
     cards = [_card(found, each) for each in found.attached]
     pairs = [
         ("Name", found.network.name),
         ("Id", found.network.id),
         ("Mode", found.network.mode),
-        ("State", "up" if found.up else "down; it comes up when a VM on it starts"),
+        ("State", "up" if found.up else down),
+        ("Bridge", found.network.bridge),
         ("Subnet", found.network.subnet),
         ("Own address", found.network.gateway),
         ("Domain", found.network.domain),
@@ -135,7 +140,8 @@ def show(network: str, format: Format) -> None:
 def _card(info: NetworkInfo, card: Attached) -> str:
     vms = {each.mac: each.vm for each in info.attached}
     wrong = next((told(each, vms) for each in info.impairments if each.mac == card.mac), "")
-    return f"{card.vm}.{info.network.domain}  {card.address}  {card.mac}{f'  {wrong}' if wrong else ''}"
+    name = f"{card.vm}.{info.network.domain}" if info.network.domain else card.vm
+    return f"{name}  {card.address or '-'}  {card.mac}{f'  {wrong}' if wrong else ''}"
 
 
 @net_command.command("rm")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from msgspec import Struct
 
@@ -210,9 +211,13 @@ def counters_of(shown: bytes) -> dict[str, Counted]:
     for link in json.loads(shown or b"[]"):
         mac, _, address = link.get("ifalias", "").partition("/")
         if address and link["ifname"].startswith(TAP):
-            rx, tx = link["stats64"]["rx"], link["stats64"]["tx"]
-            found[mac] = Counted(received=(tx["bytes"], tx["packets"]), sent=(rx["bytes"], rx["packets"]))
+            found[mac] = counted(link)
     return found
+
+
+def counted(link: dict[str, Any]) -> Counted:
+    rx, tx = link["stats64"]["rx"], link["stats64"]["tx"]
+    return Counted(received=(tx["bytes"], tx["packets"]), sent=(rx["bytes"], rx["packets"]))
 
 
 _BOTH = f"""interface={BRIDGE}

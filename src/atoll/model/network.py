@@ -4,7 +4,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-Mode = Literal["private", "nat"]
+Mode = Literal["private", "nat", "bridge"]
 RESERVED_NAMES = frozenset({"user", "none"})
 """What `--network` means otherwise."""
 
@@ -16,13 +16,15 @@ class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     mode: Mode
     subnet: str
-    """`10.213.0.0/24`."""
+    """`10.213.0.0/24`. Empty, as all below, in mode bridge: that is somebody else's network."""
     domain: str
     """Every VM is called NAME and NAME.DOMAIN."""
     created_at: float
 
     gateway: str
     """The network's own address: it answers for names, hands out addresses and, in mode nat, leads out."""
+    bridge: str = ""
+    """In mode bridge: the bridge of this computer that VMs are put on."""
 
 
 class Attached(Struct, frozen=True, kw_only=True):
@@ -33,6 +35,7 @@ class Attached(Struct, frozen=True, kw_only=True):
     nic: str
     mac: str
     address: str
+    """Empty in mode bridge, unless the card was given one."""
 
 
 class Relayed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

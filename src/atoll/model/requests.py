@@ -49,7 +49,9 @@ class NetworkRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     name: str
     mode: Mode = "private"
-    """`private` leads nowhere, `nat` out through this computer."""
+    """`private` leads nowhere, `nat` out through this computer, `bridge` is the network behind a bridge of its."""
+    bridge: str | None = None
+    """The bridge's name, for that."""
     subnet: str | None = None
     dns_domain: str | None = None
     """`NAME.atoll` when None."""

@@ -134,11 +134,13 @@ async def stats(vm: Vm, *, services: Services) -> Stats:
 
 async def _cards(vm: Vm, services: Services) -> tuple[CardStats, ...]:
     """Taps have counters. User-mode networking has none, so the guest is asked."""
+    from atoll.host import host_bridge
     from atoll.host import network as world
 
     counted: dict[str, Counted] = {}
     for network in networks.shared_by(vm.spec):
-        counted |= await world.counters(services.layout.network(network))
+        here = await world.counters(services.layout.network(network))
+        counted |= here or await host_bridge.counters(network)
     if any(nic.network is None for nic in vm.spec.nics):
         counted |= {mac: told for mac, told in (await _told_by_guest(vm, services)).items() if mac not in counted}
     return tuple(

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from atoll.errors import InvalidInput
+from atoll.errors import InvalidInput, Unsupported
 from atoll.model.network import Network
 from atoll.model.vm import ExecResult
 from atoll.operations.networks import locked
@@ -29,6 +29,12 @@ async def command_line(network: Network, command: Sequence[str], *, services: Se
 
     if not command:
         raise InvalidInput("there is no command to run", next_step="Write it after `--`.")
+    if network.mode == "bridge":
+        raise Unsupported(
+            f"'{network.name}' is no room of its own",
+            f"this computer is on its bridge {network.bridge} itself",
+            "Run the program as it is.",
+        )
     async with locked(services, [network.id]):
         paths = services.layout.network(network.id)
         holder = await world.ensure(network, paths, services.records.attached(network.id).get(network.id, ()))

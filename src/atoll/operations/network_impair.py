@@ -1,10 +1,10 @@
 """Cables that work badly. Recorded nowhere but with the network that is up: it is good again when that goes down."""
 
-from atoll.errors import InvalidInput, NotFound, WrongState
+from atoll.errors import InvalidInput, NotFound, Unsupported, WrongState
 from atoll.model.network import Impairment, Relayed
 from atoll.model.requests import ImpairRequest
 from atoll.model.vm import Vm
-from atoll.operations.networks import card_of, locked
+from atoll.operations.networks import card_of, locked, network_of
 from atoll.operations.services import Services
 
 LONGEST_DELAY = 60
@@ -17,6 +17,12 @@ async def impair(vm: Vm, request: ImpairRequest, *, services: Services) -> None:
     nic = card_of(services, vm, network=request.network, shared=True)
     _check(request)
     assert nic.network
+    if network_of(services, nic.network).mode == "bridge":
+        raise Unsupported(
+            "cables on this computer's own bridge can't be impaired",
+            "what is behind it isn't Atoll's",
+            "Use a network of Atoll's.",
+        )
     paths = services.layout.network(nic.network)
     async with locked(services, [nic.network]):
         macs = {each.vm: each.mac for each in services.records.attached(nic.network).get(nic.network, ())}

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from msgspec.structs import replace
 
 from atoll.errors import InvalidInput, NotFound
 from atoll.model.names import find
-from atoll.model.network import Network, NetworkInfo
+from atoll.model.network import Attached, Network, NetworkInfo
 from atoll.model.spec import NOWHERE, NicSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations.services import Services
@@ -29,18 +29,18 @@ def network_of(services: Services, network_id: str) -> Network:
 
 
 def list_networks(services: Services) -> list[NetworkInfo]:
+    attached = services.records.attached()
+    return [_observed(services, network, attached.get(network.id, ())) for network in services.records.networks()]
+
+
+def _observed(services: Services, network: Network, attached: Sequence[Attached]) -> NetworkInfo:
+    from atoll.host.host_bridge import is_there
     from atoll.host.network import impairments, is_up
 
-    attached = services.records.attached()
-    return [
-        NetworkInfo(
-            network=network,
-            up=(up := is_up(services.layout.network(network.id))),
-            attached=tuple(attached.get(network.id, ())),
-            impairments=tuple(impairments(services.layout.network(network.id))) if up else (),
-        )
-        for network in services.records.networks()
-    ]
+    paths = services.layout.network(network.id)
+    up = is_there(network.bridge) if network.mode == "bridge" else is_up(paths)
+    wrong = tuple(impairments(paths)) if up else ()
+    return NetworkInfo(network=network, up=up, attached=tuple(attached), impairments=wrong)
 
 
 def lock_of(network_id: str) -> str:
@@ -73,7 +73,7 @@ async def addressed(services: Services, vm: Vm) -> AsyncIterator[Vm]:
     async with locked(services, shared_by(vm.spec)):
         nics = []
         for nic in vm.spec.nics:
-            if nic.network and nic.address is None:
+            if nic.network and nic.address is None and network_of(services, nic.network).mode != "bridge":
                 taken = {each.address for each in services.records.attached(nic.network).get(nic.network, ())}
                 taken |= {other.address for other in vm.spec.nics if other.address and other.network == nic.network}
                 nic = replace(nic, address=free_address(network_of(services, nic.network), taken))
@@ -118,15 +118,19 @@ async def taps(services: Services, vm: Vm, spec: VmSpec) -> AsyncIterator[dict[s
 
 async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
     """A tap for one card: a descriptor that the caller closes."""
+    from atoll.host import host_bridge
     from atoll.host import network as world
     from atoll.host.namespace import open_tap
     from atoll.operations import network_ports
 
     if nic.network == NOWHERE:
         return open_tap(None, "alone")
-    assert nic.network is not None and nic.address is not None
+    assert nic.network is not None
     async with locked(services, [nic.network]):
         network = network_of(services, nic.network)
+        if network.mode == "bridge":
+            return await host_bridge.add_tap(network, nic.mac, nic.address or "")
+        assert nic.address is not None
         paths = services.layout.network(network.id)
         holder = await world.ensure(network, paths, services.records.attached(network.id).get(network.id, ()))
         if network.mode == "nat":
@@ -160,6 +164,18 @@ async def tell_names(services: Services, network_ids: Iterable[str]) -> None:
     for each in ids:
         async with locked(services, [each]):
             network = services.records.network(each)
-            if network is not None:
+            if network is not None and network.mode != "bridge":
                 attached = services.records.attached(each).get(each, ())
                 world.tell_names(network, services.layout.network(each), attached)
+    await mend_bridges(services, ids)
+
+
+async def mend_bridges(services: Services, network_ids: Iterable[str]) -> None:
+    """After taps have gone: what this computer's own bridges have of them goes, too."""
+    for each in network_ids:
+        network = services.records.network(each)
+        if network is not None and network.mode == "bridge":
+            from atoll.host import host_bridge
+
+            async with locked(services, [each]):
+                await host_bridge.mend(each)

@@ -59,6 +59,6 @@ def _publishing(nics: Sequence[NicSpec], networks: Sequence[Network]) -> int:
             return index
     raise InvalidInput(
         "ports can't be published",
-        "private networks have no way in",
+        "private networks have no way in, and on a bridge a VM is reached by its own address",
         "Give it a card on a network of mode nat, or `--network user`, as well.",
     )
