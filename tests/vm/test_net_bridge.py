@@ -101,6 +101,9 @@ async def test_guests_are_on_the_network_of_the_computer(computer: Run, layout: 
     refused = computer(*ATOLL, "create", "tiny", "--name", "no", "--network", "office", "-p", "8080:80")
     assert refused.code != 0 and "reached by its own address" in refused.err
 
+    limited = computer(*ATOLL, "create", "tiny", "--name", "no", "--network", "office,limit=10Mbit")
+    assert "no groups and no limit" in limited.err
+
     try:
         for name, network in (("web", "office"), ("db", "office,address=10.77.0.150")):
             atoll("run", "tiny", "--name", name, "-m", "96MiB", "--network", network, "-q")

@@ -8,12 +8,15 @@ from atoll.cli.change import tell_changes
 from atoll.cli.failures import Format
 from atoll.cli.net_capture import capture
 from atoll.cli.net_exec import exec_inside
+from atoll.cli.net_group import group_command
 from atoll.cli.net_impair import impair, told
-from atoll.cli.options import NETWORK, VM
+from atoll.cli.options import GROUP, NETWORK, VM
 from atoll.cli.output import age, emit, format_option, print_description, print_table
+from atoll.errors import InvalidInput
 from atoll.model.network import Attached, Mode, Network, NetworkInfo
-from atoll.model.requests import NetworkRequest, NicRequest
+from atoll.model.requests import NetworkRequest, NicRequest, NicSetRequest
 from atoll.model.spec import NicSpec
+from atoll.model.units import format_rate
 from atoll.model.vm import Change
 
 if TYPE_CHECKING:
@@ -32,6 +35,9 @@ def net_command() -> None:
     """
 
 
+net_command.add_command(group_command)
+
+
 @net_command.command("create")
 @click.argument("name")
 @click.option(
@@ -41,6 +47,7 @@ def net_command() -> None:
 )  # fmt: skip
 @click.option("--bridge", metavar="BRIDGE", help="That bridge, such as br0.")
 @click.option("--subnet", metavar="CIDR", help="Its addresses, such as 10.20.30.0/24 (default: a free one).")
+@click.option("--ipv6", is_flag=True, help="Give its VMs IPv6 addresses as well, to reach each other by.")
 @click.option("--dns-domain", metavar="DOMAIN", help="VMs are VM.DOMAIN on it (default: NAME.atoll).")
 @format_option
 def create(name: str, format: Format, **options: Any) -> None:
@@ -49,6 +56,7 @@ def create(name: str, format: Format, **options: Any) -> None:
     \b
     Examples:
       atoll net create lab
+      atoll net create lab6 --ipv6
       atoll net create web --mode nat --subnet 10.20.30.0/24 --dns-domain web.example
       sudo atoll net create office --mode bridge --bridge br0
     """
@@ -130,6 +138,7 @@ def show(network: str, format: Format) -> None:
         ("State", "up" if found.up else down),
         ("Bridge", found.network.bridge),
         ("Subnet", found.network.subnet),
+        ("IPv6", found.network.subnet6 or ""),
         ("Own address", found.network.gateway),
         ("Domain", found.network.domain),
         ("VMs", "\n".join(cards)),
@@ -139,9 +148,13 @@ def show(network: str, format: Format) -> None:
 
 def _card(info: NetworkInfo, card: Attached) -> str:
     vms = {each.mac: each.vm for each in info.attached}
-    wrong = next((told(each, vms) for each in info.impairments if each.mac == card.mac), "")
     name = f"{card.vm}.{info.network.domain}" if info.network.domain else card.vm
-    return f"{name}  {card.address or '-'}  {card.mac}{f'  {wrong}' if wrong else ''}"
+    words = [name, card.address or "-", card.mac]
+    words += [card.address6] if card.address6 else []
+    words += [f"groups {'+'.join(card.groups)}"] if card.groups else []
+    words += [f"limit {format_rate(card.limit)}"] if card.limit else []
+    words += [told(each, vms) for each in info.impairments if each.mac == card.mac]
+    return "  ".join(words)
 
 
 @net_command.command("rm")
@@ -168,18 +181,21 @@ def rm(networks: tuple[str, ...], force: bool) -> None:
 @click.argument("network", type=NETWORK)
 @click.option("--address", metavar="IP", help="Its address there (default: a free one).")
 @click.option("--mac", help="The card's hardware address.")
+@click.option("--group", "groups", type=GROUP, multiple=True, help="A security group. Repeatable.")
+@click.option("--limit", metavar="RATE", default="0", help="What passes each way, such as 10Mbit (default: all).")
 @format_option
-def attach(vm: str, network: str, address: str | None, mac: str | None, format: Format) -> None:
+def attach(vm: str, network: str, groups: tuple[str, ...], limit: str, format: Format, **options: str | None) -> None:
     """Give a VM a card on NETWORK, at once where it can be while the VM runs.
 
     \b
     Examples:
       atoll net attach web lab
-      atoll net attach db lab --address 10.213.0.10
+      atoll net attach db lab --address 10.213.0.10 --group web
     """
+    from atoll.cli.options import parse_rate
     from atoll.cli.session import perform
 
-    request = NicRequest(network=network, address=address, mac=mac)
+    request = NicRequest(network=network, groups=groups, limit=parse_rate(limit), **options)
 
     async def action(host: "AsyncHost") -> tuple[NicSpec, Change]:
         return await (await host.get(vm)).net_attach(request)
@@ -189,6 +205,41 @@ def attach(vm: str, network: str, address: str | None, mac: str | None, format: 
         tell_changes([change], format)
     else:
         emit({"nic": nic, "change": change}, format)
+
+
+@net_command.command("set")
+@click.argument("vm", type=VM)
+@click.option("--network", type=NETWORK, help="On which network, when it is on several.")
+@click.option("--group", "groups", type=GROUP, multiple=True, help="Security groups that it has then. Repeatable.")
+@click.option("--no-groups", is_flag=True, help="None: VMs of the network reach it.")
+@click.option("--limit", metavar="RATE", help="What passes each way, such as 10Mbit; 0 for all.")
+@format_option
+def set_card(
+    vm: str, network: str | None, groups: tuple[str, ...], no_groups: bool, limit: str | None, format: Format
+) -> None:
+    """Give a VM's card other security groups or another limit. They hold at once.
+
+    \b
+    Examples:
+      atoll net set web --group web --group ssh
+      atoll net set web --network lab --limit 10Mbit
+      atoll net set web --no-groups
+    """
+    from atoll.cli.options import parse_rate
+    from atoll.cli.session import perform
+
+    if (groups and no_groups) or not (groups or no_groups or limit is not None):
+        raise InvalidInput("what shall hold for the card?", next_step="Say --group or else --no-groups, or --limit.")
+    request = NicSetRequest(
+        network=network,
+        groups=groups if groups or no_groups else None,
+        limit=None if limit is None else parse_rate(limit),
+    )
+
+    async def action(host: "AsyncHost") -> list[Change]:
+        return await (await host.get(vm)).net_set(request)
+
+    tell_changes(perform(action), format)
 
 
 @net_command.command("detach")

@@ -1,7 +1,8 @@
 """A network namespace with a process that holds it, and ways into it. The same for root and for an ordinary user.
 
 The namespace belongs to a user namespace in which whoever made it is root, so a bridge, taps and filters need no
-privilege outside. The holder is a shell of 1.6 MiB; two more start dnsmasq again whenever it ends.
+privilege outside. The holder is a shell of 1.6 MiB that starts dnsmasq again whenever it ends; both are shut in
+(`helper_jail.py`), as another user of that user namespace.
 """
 
 import asyncio
@@ -11,16 +12,18 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from atoll.errors import NetworkFailed, from_os_error
-from atoll.host import facts, files, process, syscalls
+from atoll.errors import NetworkFailed, ProcessFailed, from_os_error
+from atoll.host import facts, files, helper_jail, process, syscalls
+from atoll.host.sandbox import own_ids
+from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
+from atoll.model.network import Network
 
 MARK = "atoll-network"
 """The word before a network's id in its holder's argv."""
@@ -30,24 +33,28 @@ _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 # From the kernel's header if_tun.h.
 _SET_INTERFACE, _TAP, _NO_INFORMATION, _OFFLOADS = 0x400454CA, 0x0002, 0x1000, 0x4000
 
-HOLDER = r"""
-cd "$2" || exit
-exec 9<>alive
+LINKS = r"""
 echo 1 >/proc/sys/net/ipv4/ip_forward
-ip -batch links && nft -f rules.nft || exit
+for each in disable_ipv6 accept_ra accept_dad; do
+    [ ! -e /proc/sys/net/ipv6 ] || echo 0 >/proc/sys/net/ipv6/conf/default/$each
+done
+ip -batch "$1/links" && nft -f "$1/rules.nft"
+"""
+HOLDER = r"""
+read -r _ || exit
 trap '' HUP
-again='while :; do setpriv --pdeathsig KILL dnsmasq -d -C "$0"; sleep 1; done'
 for each in dns dhcp; do
-    dnsmasq --test -C $each.conf || exit
-    setpriv --pdeathsig KILL sh -c "$again" "$2/$each.conf" >&2 9>&- &
+    "$3" --test -C "$2/$each.conf" || exit
+    while :; do "$3" -d -C "$2/$each.conf"; "$4" 1; done >&2 &
 done
 echo ready
 exec >&2
 wait
 """
-"""`alive` is open in it for as long as it lives. SIGHUP to its group makes dnsmasq read the names again; whoever would
-not know what to do with it ignores it. Names and addresses are two processes: else names that DHCP has met stay known
-when their VM is gone.
+"""It waits for the links, of which it is told by a line, and tells when it is ready. It is the first process of a pid
+namespace, and takes all others along. SIGHUP to its group makes dnsmasq read the names again; whoever would not know
+what to do with it ignores it. Names and addresses are two processes: else names that DHCP has met stay known when their
+VM is gone.
 """
 
 
@@ -60,41 +67,51 @@ def holder_of(paths: NetworkPaths) -> facts.ProcessIdentity | None:
     return known if facts.is_alive(known) else None
 
 
-async def hold(network_id: str, paths: NetworkPaths) -> facts.ProcessIdentity:
+async def hold(network: Network, paths: NetworkPaths) -> facts.ProcessIdentity:
     """Make the namespace, with what the files in `paths` say in it. Raises `NetworkFailed`, `MissingTool`."""
-    end(network_id, paths)
+    end(network.id, paths)
     ready, told = os.pipe()
+    waiting, going = os.pipe()
     try:
-        holder = _start(network_id, paths, told)
+        try:
+            holder = _start(network, paths, waiting, told)
+        finally:
+            os.close(waiting)
+            os.close(told)
         identity = facts.identity_of(holder)
         if identity is not None:
             files.write_atomically(paths.holder, msgspec.json.encode(identity))
+            await run(holder, "sh", "-c", LINKS, MARK, str(paths.run))
+            os.write(going, b"go\n")
         if identity is None or not await says(ready, b"ready", START_TIME):
-            end(network_id, paths)
             raise NetworkFailed("a network can't be brought up", last_line(paths.log), "Run `atoll doctor`.")
         return identity
+    except (NetworkFailed, ProcessFailed, BrokenPipeError):
+        end(network.id, paths)
+        raise
     finally:
         os.close(ready)
+        os.close(going)
 
 
-def _start(network_id: str, paths: NetworkPaths, told: int) -> int:
-    """The holder's pid: `unshare` becomes the shell. It has `told` as its standard output."""
-    argv = [process.find("unshare"), "--user", "--map-root-user", "--net", "--"]
-    argv += [process.find("sh"), "-c", HOLDER, MARK, network_id, str(paths.run)]
+def _start(network: Network, paths: NetworkPaths, waiting: int, told: int) -> int:
+    """The holder's pid. `alive` is open in it for as long as it lives."""
+    sh, dnsmasq, sleep = (process.find(each) for each in ("sh", "dnsmasq", "sleep"))
+    alive = os.open(paths.alive, os.O_RDWR | os.O_CLOEXEC)
     try:
         with paths.log.open("ab") as log:
-            holder = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=told,
-                stderr=log,
-                env={**os.environ, "PATH": _PATH},
-                cwd="/",
-                start_new_session=True,
+            program = Program(
+                argv=(sh, "-c", HOLDER, MARK, network.id, str(paths.names), dnsmasq, sleep),
+                descriptors=(alive,),
+                input=waiting,
+                output=told,
+                errors=log.fileno(),
             )
+            ipv6 = network.subnet6 is not None
+            jail = helper_jail.for_names((sh, dnsmasq, sleep), network_id=network.id, files=paths.names, ipv6=ipv6)
+            return spawn(program, jail)
     finally:
-        os.close(told)
-    return holder.pid
+        os.close(alive)
 
 
 async def says(descriptor: int, word: bytes, seconds: float) -> bool:
@@ -119,7 +136,8 @@ def last_line(log: Path) -> str:
 
 def end(network_id: str, paths: NetworkPaths) -> None:
     """End the holder, also one that a killed command has left unrecorded. dnsmasq and the uplink end with it."""
-    for pid in facts.scan_for(network_id, after=MARK):
+    ids = own_ids(network_id)
+    for pid in facts.scan_for(network_id, after=MARK, also_user=ids.user if ids else None):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     paths.holder.unlink(missing_ok=True)
@@ -199,5 +217,5 @@ def enter(holder: int | None) -> None:
     kinds = (("user", syscalls.CLONE_NEWUSER), ("net", syscalls.CLONE_NEWNET))
     spaces = [(os.open(f"/proc/{holder}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC), flag) for kind, flag in kinds]
     for space, flag in spaces:
-        syscalls.enter_namespace(space, flag)
+        syscalls.setns(space, flag)
         os.close(space)

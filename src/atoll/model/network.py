@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
+
+from atoll.model.groups import Group
 
 Mode = Literal["private", "nat", "bridge"]
 RESERVED_NAMES = frozenset({"user", "none"})
@@ -25,6 +27,8 @@ class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The network's own address: it answers for names, hands out addresses and, in mode nat, leads out."""
     bridge: str = ""
     """In mode bridge: the bridge of this computer that VMs are put on."""
+    subnet6: str | None = None
+    """`fd5a:…::/64`: its IPv6 addresses; none where guests speak IPv4 only."""
 
 
 class Attached(Struct, frozen=True, kw_only=True):
@@ -36,6 +40,22 @@ class Attached(Struct, frozen=True, kw_only=True):
     mac: str
     address: str
     """Empty in mode bridge, unless the card was given one."""
+    groups: tuple[str, ...] = ()
+    """The security groups whose rules hold for it."""
+    limit: int = 0
+    """Bytes a second that pass in each direction; 0 for all."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """The VM's: rules name VMs by them."""
+    address6: str = ""
+    """Its IPv6 address, where the network has some. It follows from the hardware address."""
+
+
+class Members(Struct, frozen=True, kw_only=True):
+    """Who is on a network, and what their groups say."""
+
+    network: Network
+    attached: tuple[Attached, ...] = ()
+    groups: tuple[Group, ...] = ()
 
 
 class Relayed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -55,11 +55,11 @@ def _check_bridge(request: NetworkRequest) -> None:
         )
     if request.mode != "bridge":
         return
-    if request.subnet is not None or request.dns_domain is not None:
+    if request.subnet is not None or request.dns_domain is not None or request.ipv6:
         raise InvalidInput(
             "a network of mode bridge has neither a subnet nor a domain of its own",
             "addresses and names come from the network behind the bridge",
-            "Leave --subnet and --dns-domain away.",
+            "Leave --subnet, --ipv6 and --dns-domain away.",
         )
     if os.geteuid() != 0:
         raise Unsupported(
@@ -93,6 +93,8 @@ def _own(request: NetworkRequest, others: Sequence[str]) -> Network:
             raise InvalidInput(f"the subnet {subnet} can't be", f"this computer reaches {hidden}", "Choose another.")
     else:
         subnet = subnets.free_subnet([*others, *host_routes()])
+    if request.ipv6 and not Path("/proc/sys/net/ipv6").exists():
+        raise Unsupported("the network can't have IPv6", "this computer's kernel has none", "Leave --ipv6 away.")
     domain = subnets.check_domain(request.dns_domain or f"{request.name}.{subnets.OWN_DOMAIN}")
     return Network(
         id=new_id(),
@@ -102,6 +104,7 @@ def _own(request: NetworkRequest, others: Sequence[str]) -> Network:
         gateway=subnets.gateway_of(subnet),
         domain=domain,
         created_at=time.time(),
+        subnet6=subnets.new_subnet6() if request.ipv6 else None,
     )
 
 

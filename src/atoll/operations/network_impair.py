@@ -4,7 +4,7 @@ from atoll.errors import InvalidInput, NotFound, Unsupported, WrongState
 from atoll.model.network import Impairment, Relayed
 from atoll.model.requests import ImpairRequest
 from atoll.model.vm import Vm
-from atoll.operations.networks import card_of, locked, network_of
+from atoll.operations.networks import card_of, locked, members_of, network_of
 from atoll.operations.services import Services
 
 LONGEST_DELAY = 60
@@ -25,14 +25,15 @@ async def impair(vm: Vm, request: ImpairRequest, *, services: Services) -> None:
         )
     paths = services.layout.network(nic.network)
     async with locked(services, [nic.network]):
-        macs = {each.vm: each.mac for each in services.records.attached(nic.network).get(nic.network, ())}
+        members = members_of(services, network_of(services, nic.network))
+        macs = {each.vm: each.mac for each in members.attached}
         for other in (*request.cut_from, *([request.towards] if request.towards else [])):
             if other not in macs or other == vm.name:
                 raise NotFound(f"'{other}' isn't another VM on that network", next_step=f"There are {', '.join(macs)}.")
         if not world.is_up(paths):
             raise WrongState("the network is down", "no VM on it has started", "Start one.")
         before = next((each for each in world.impairments(paths) if each.mac == nic.mac), Impairment(mac=nic.mac))
-        await world.impair(paths, _changed(before, request, macs))
+        await world.impair(members, paths, _changed(before, request, macs))
 
 
 def _check(request: ImpairRequest) -> None:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from atoll.errors import InvalidInput, NotFound
 from atoll.model.names import find
-from atoll.model.network import Attached, Network, NetworkInfo
+from atoll.model.network import Attached, Members, Network, NetworkInfo
 from atoll.model.spec import NOWHERE, NicSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations.services import Services
@@ -41,6 +41,19 @@ def _observed(services: Services, network: Network, attached: Sequence[Attached]
     up = is_there(network.bridge) if network.mode == "bridge" else is_up(paths)
     wrong = tuple(impairments(paths)) if up else ()
     return NetworkInfo(network=network, up=up, attached=tuple(attached), impairments=wrong)
+
+
+def members_of(services: Services, network: Network) -> Members:
+    attached = services.records.attached(network.id).get(network.id, ())
+    return Members(network=network, attached=tuple(attached), groups=tuple(services.records.groups()))
+
+
+def check_groups(services: Services, names: Iterable[str]) -> None:
+    """Raises `NotFound` for one that isn't there."""
+    there = {group.name for group in services.records.groups()}
+    for name in names:
+        if name not in there:
+            raise NotFound(f"there is no security group '{name}'", next_step="`atoll net group ls` lists them.")
 
 
 def lock_of(network_id: str) -> str:
@@ -89,7 +102,7 @@ def alone(nic: NicSpec) -> NicSpec:
     """
     if nic.network is None:
         return nic
-    return replace(nic, network=NOWHERE, address=None, ports=())
+    return replace(nic, network=NOWHERE, address=None, ports=(), groups=(), limit=0)
 
 
 def still_here(services: Services, nics: Iterable[NicSpec]) -> tuple[NicSpec, ...]:
@@ -132,10 +145,11 @@ async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
             return await host_bridge.add_tap(network, nic.mac, nic.address or "")
         assert nic.address is not None
         paths = services.layout.network(network.id)
-        holder = await world.ensure(network, paths, services.records.attached(network.id).get(network.id, ()))
+        members = members_of(services, network)
+        holder = await world.ensure(members, paths)
         if network.mode == "nat":
             await network_ports.publish_all(paths, vm.name, nic)
-        return await world.add_tap(holder, paths, nic.mac, nic.address)
+        return await world.add_tap(holder, paths, members, mac=nic.mac, address=nic.address)
 
 
 def card_of(
@@ -155,7 +169,7 @@ def card_of(
 
 
 async def tell_names(services: Services, network_ids: Iterable[str]) -> None:
-    """After VMs came, went or were renamed: let the networks that are up know."""
+    """After VMs came, went or were renamed, or rules were changed: let the networks that are up know."""
     ids = sorted(set(network_ids))
     if not ids:
         return
@@ -165,8 +179,7 @@ async def tell_names(services: Services, network_ids: Iterable[str]) -> None:
         async with locked(services, [each]):
             network = services.records.network(each)
             if network is not None and network.mode != "bridge":
-                attached = services.records.attached(each).get(each, ())
-                world.tell_names(network, services.layout.network(each), attached)
+                await world.tell(members_of(services, network), services.layout.network(each))
     await mend_bridges(services, ids)
 
 
