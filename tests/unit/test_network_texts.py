@@ -13,9 +13,9 @@ from msgspec.structs import replace
 
 from atoll.cli.options import parse_nics, parse_percent, parse_rate
 from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
-from atoll.host import host_bridge, network_text
+from atoll.host import host_bridge, link_text, network_text
 from atoll.host.host_bridge import HostTap
-from atoll.host.network_text import Link, Port
+from atoll.host.link_text import Link, Port
 from atoll.model import subnets
 from atoll.model.network import Attached, Impairment, Network
 from atoll.model.requests import CreateRequest, NicRequest
@@ -58,10 +58,10 @@ def told(network: Network) -> dict[str, str]:
         "rules": network_text.rules(network),
         "guards": network_text.guards(ports),
         "relayed": network_text.guards(ports[:1], relayed=ports[1:])
-        + network_text.relayed_cable(CABLE, inner="i1", outer="r1", bridge_there=False)
-        + network_text.plain_cables([CABLE], ["q1"]),
+        + link_text.relayed_cable(CABLE, inner="i1", outer="r1", bridge_there=False)
+        + link_text.plain_cables([CABLE], ["q1"]),
         "impaired": network_text.guards(ports, [IMPAIRED], {CARDS[1].mac: 8000}),
-        "joined": network_text.joined(ports[0]),
+        "joined": link_text.joined(ports[0]),
         "dns": network_text.dns(network, hosts="/run/hosts", upstream=upstream),
         "dhcp": network_text.dhcp(network, leases="/run/leases"),
         "resolver": network_text.resolver(network) + network_text.name_switch("passwd: files\nhosts: resolve dns\n"),
@@ -83,11 +83,11 @@ def test_links_are_read_back() -> None:
     shown = b"""[{"ifname":"t0","ifindex":3,"master":"br0","ifalias":"52:54:00:00:00:01/10.213.0.2/"},
         {"ifname":"t1","ifindex":4,"master":"q1","ifalias":"52:54:00:00:00:02/10.213.0.3/fd5a:1:2:3:5054:ff:fe00:2"},
         {"ifname":"i1","ifindex":5,"master":"q1"},{"ifname":"x","ifindex":6}]"""
-    links = network_text.links_of(shown)
-    assert network_text.ports_of(links) == PORTS[:1]
-    assert network_text.relayed_of(links) == PORTS6[1:]
+    links = link_text.links_of(shown)
+    assert link_text.ports_of(links) == PORTS[:1]
+    assert link_text.relayed_of(links) == PORTS6[1:]
     assert [link.name for link in links if not link.mac] == ["i1", "x"]
-    assert network_text.links_of(b"") == []
+    assert link_text.links_of(b"") == []
 
 
 def test_subnets_and_addresses() -> None:

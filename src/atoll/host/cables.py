@@ -17,8 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from atoll.host import facts, namespace, network_text, relay
-from atoll.host.network_text import BRIDGE, Link
+from atoll.host import facts, link_text, namespace, relay
+from atoll.host.link_text import BRIDGE, Link
 from atoll.layout import NetworkPaths
 from atoll.model.network import Impairment
 
@@ -34,9 +34,9 @@ async def mended(
     """Let each card have the cable that it should; the links as they are then. Raises `NetworkFailed`."""
     wanted = {each.mac: each for each in impairments if each.relayed}
     running = relays_of(paths)
-    if not wanted and not running and not any(link.name.startswith(network_text.PRIVATE) for link in links):
+    if not wanted and not running and not any(link.name.startswith(link_text.PRIVATE) for link in links):
         return links
-    cards = [link for link in links if link.name.startswith(network_text.TAP) and link.mac]
+    cards = [link for link in links if link.name.startswith(link_text.TAP) and link.mac]
     settings = {card.name: _settings(card, wanted[card.mac]) for card in cards if card.mac in wanted}
     kept = {tap for tap, (_, told) in running.items() if settings.get(tap) == told}
     for tap, (pid, _) in running.items():
@@ -44,13 +44,13 @@ async def mended(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     plain = [card for card in cards if card.name not in settings and card.master != BRIDGE]
-    used = {network_text.private_bridge(tap) for tap in settings}
-    unused = [link.name for link in links if link.name.startswith(network_text.PRIVATE) and link.name not in used]
-    await namespace.run(holder, "ip", "-batch", "-", stdin=network_text.plain_cables(plain, unused))
+    used = {link_text.private_bridge(tap) for tap in settings}
+    unused = [link.name for link in links if link.name.startswith(link_text.PRIVATE) and link.name not in used]
+    await namespace.run(holder, "ip", "-batch", "-", stdin=link_text.plain_cables(plain, unused))
     for card in cards:
         if card.name in settings and card.name not in kept:
             await _start(holder, paths, card, settings[card.name], bridge_there=_private(card) in _names(links))
-    return network_text.links_of((await namespace.run(holder, "ip", "-j", "link", "show")).stdout)
+    return link_text.links_of((await namespace.run(holder, "ip", "-j", "link", "show")).stdout)
 
 
 def _names(links: Sequence[Link]) -> set[str]:
@@ -58,7 +58,7 @@ def _names(links: Sequence[Link]) -> set[str]:
 
 
 def _private(card: Link) -> str:
-    return network_text.private_bridge(card.name)
+    return link_text.private_bridge(card.name)
 
 
 def _settings(card: Link, impairment: Impairment) -> str:
@@ -78,7 +78,7 @@ def relays_of(paths: NetworkPaths) -> Mapping[str, tuple[int, str]]:
 
 
 async def _start(holder: int, paths: NetworkPaths, card: Link, settings: str, *, bridge_there: bool) -> None:
-    inner, outer = (f"{kind}{secrets.token_hex(6)}" for kind in (network_text.INNER, network_text.OUTER))
+    inner, outer = (f"{kind}{secrets.token_hex(6)}" for kind in (link_text.INNER, link_text.OUTER))
     opened = namespace.open_inside(
         holder, lambda: [namespace.make_tap(inner), namespace.make_tap(outer), _links_that_go()], "a relay"
     )
@@ -87,7 +87,7 @@ async def _start(holder: int, paths: NetworkPaths, card: Link, settings: str, *,
     finally:
         for each in opened:
             os.close(each)
-    text = network_text.relayed_cable(card, inner=inner, outer=outer, bridge_there=bridge_there)
+    text = link_text.relayed_cable(card, inner=inner, outer=outer, bridge_there=bridge_there)
     await namespace.run(holder, "ip", "-batch", "-", stdin=text)
 
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from atoll.errors import NetworkFailed, NotFound, ProcessFailed
 from atoll.host import namespace, process
-from atoll.host.network_text import Counted, counted
+from atoll.host.link_text import Counted, counted
 from atoll.model.network import Network
 
 TAP = "at"

@@ -18,8 +18,8 @@ import msgspec
 from msgspec.structs import replace
 
 from atoll.errors import WrongState
-from atoll.host import cables, files, group_text, namespace, network_text, uplink
-from atoll.host.network_text import Link, Port
+from atoll.host import cables, files, group_text, link_text, namespace, network_text, uplink
+from atoll.host.link_text import Link, Port
 from atoll.layout import NetworkPaths
 from atoll.model.network import Impairment, Members, Network
 from atoll.model.subnets import address6
@@ -119,10 +119,10 @@ async def add_tap(holder: int, paths: NetworkPaths, members: Members, *, mac: st
     """
     subnet6 = members.network.subnet6
     own6 = address6(subnet6, mac) if subnet6 else ""
-    port = Port(tap=f"{network_text.TAP}{secrets.token_hex(6)}", mac=mac, address=address, address6=own6)
+    port = Port(tap=f"{link_text.TAP}{secrets.token_hex(6)}", mac=mac, address=address, address6=own6)
     descriptor = namespace.open_tap(holder, port.tap)
     try:
-        await _guard(holder, paths, members, joining=network_text.joined(port))
+        await _guard(holder, paths, members, joining=link_text.joined(port))
     except BaseException:
         os.close(descriptor)
         raise
@@ -135,7 +135,7 @@ async def _guard(holder: int, paths: NetworkPaths, members: Members, joining: st
     wanted = impairments(paths)
     links = await cables.mended(holder, paths, links, wanted)
     limits = {each.mac: each.limit for each in members.attached}
-    ports, relayed = network_text.ports_of(links), network_text.relayed_of(links)
+    ports, relayed = link_text.ports_of(links), link_text.relayed_of(links)
     text = network_text.guards(ports, wanted, limits, relayed=relayed) + group_text.groups(members, ports, there)
     await namespace.run(holder, "nft", "-f", "-", stdin=text)
 
@@ -144,7 +144,7 @@ async def look(holder: int, joining: str = "") -> tuple[Sequence[Link], bytes]:
     """What there is: links, and what nft tells of the table of groups."""
     told = await namespace.run(holder, "sh", "-c", f"ip -batch - && {_LOOK}", stdin=joining)
     shown, _, there = told.stdout.partition(b"\n\n")
-    return network_text.links_of(shown), there
+    return link_text.links_of(shown), there
 
 
 def impairments(paths: NetworkPaths) -> list[Impairment]:
@@ -176,13 +176,13 @@ async def _impair(holder: int, paths: NetworkPaths, members: Members, everything
     await _guard(holder, paths, members)
 
 
-async def counters(paths: NetworkPaths) -> dict[str, network_text.Counted]:
+async def counters(paths: NetworkPaths) -> dict[str, link_text.Counted]:
     """What has passed through each card that has a cable here, by its hardware address; nothing when it is down."""
     holder = namespace.holder_of(paths)
     if holder is None:
         return {}
     shown = await namespace.run(holder.pid, "ip", "-j", "-s", "link", "show", "type", "tun")
-    return network_text.counters_of(shown.stdout)
+    return link_text.counters_of(shown.stdout)
 
 
 def end(network_id: str, paths: NetworkPaths) -> None:

@@ -19,7 +19,7 @@ from atoll.qemu.keys import chord, keys_of_text
 from atoll.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
-    from atoll.host.network_text import Counted
+    from atoll.host.link_text import Counted
 
 KEY_TIME = 0.02
 """Seconds that a key is held, and paused after: emulated keyboards buffer 16 bytes and don't tell when one is lost."""
@@ -158,7 +158,7 @@ async def _cards(vm: Vm, services: Services) -> tuple[CardStats, ...]:
 
 
 async def _told_by_guest(vm: Vm, services: Services) -> dict[str, "Counted"]:
-    from atoll.host.network_text import Counted
+    from atoll.host.link_text import Counted
     from atoll.operations import guest_setup
 
     if not vm.spec.guest.agent:
