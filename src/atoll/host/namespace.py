@@ -100,7 +100,8 @@ def _start(network_id: str, paths: NetworkPaths, waiting: int, told: int) -> int
                 output=told,
                 errors=log.fileno(),
             )
-            return spawn(program, helper_jail.for_names((sh, dnsmasq, sleep), network_id=network_id, files=paths.names))
+            jail = helper_jail.for_names((sh, dnsmasq, sleep), network_id=network_id, files=paths.names)
+            return spawn(program, jail).pid
     finally:
         os.close(alive)
 

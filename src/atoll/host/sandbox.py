@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from atoll.errors import MissingTool, Unsupported
 from atoll.host import cgroups, kernel, process, seccomp
@@ -85,6 +86,7 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         namespaces=namespaces.usable,
         user_namespace=namespaces.usable and not root,
         ids=ids,
+        ids_required=wanted.level == "strict",
         programs=shown_programs(binary),
         devices=DEVICES,
         writes_tracked=wanted.writes_tracked and root and namespaces.usable and Path(USERFAULTFD).exists(),
@@ -185,6 +187,15 @@ def _linked_from(folder: Path, shown: list[str]) -> list[str]:
     return sorted({str(real.parent) for real in links if not str(real).startswith(tuple(f"{each}/" for each in shown))})
 
 
+def without_user(isolation: Isolation, why: str) -> Isolation:
+    """What holds where a user of its own was meant to and couldn't be had."""
+    barriers = tuple(
+        Barrier(name=each.name, holds=False, why=why) if each.name == "own user" else each
+        for each in isolation.barriers
+    )
+    return replace(isolation, user=None, barriers=barriers)
+
+
 def own_ids(vm_id: str) -> Ids | None:
     """Root's VMs have theirs from a range that nobody uses, an ordinary user's from the subordinate ids.
 
@@ -208,7 +219,8 @@ def without_ids(vm_id: str) -> str:
     if ids is None:
         return f"{_user_name()} has no subordinate ids in /etc/subuid and /etc/subgid"
     try:
-        process.find("newuidmap")
+        for tool in ("newuidmap", "newgidmap"):
+            process.find(tool)
     except MissingTool as error:
         return f"{error.what} ({error.next_step})"
     return ""

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from atoll.errors import EngineFailed
 from atoll.host import cgroups, facts, files, user_network
 from atoll.host.launch import launch
-from atoll.host.sandbox import Wanted, own_ids, prepare
+from atoll.host.sandbox import Wanted, own_ids, prepare, without_user
 from atoll.host.sockets import connect
 from atoll.layout import VmPaths
 from atoll.model.isolation import Barrier
@@ -91,6 +91,8 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
     jail, isolation = prepare(steps.binary, _wanted(vm, spec, steps))
     async with networks.taps(services, vm, spec) as given:
         launched = launch(steps, log=paths.qemu_log, jail=jail, strict=spec.isolation == "strict", given=given)
+    if launched.no_ids:
+        isolation = without_user(isolation, launched.no_ids)
     identity = facts.identity_of(launched.pid)
     version = await _greet(vm, spec, incoming, report, paths)
     if identity is None:
