@@ -23,6 +23,8 @@ from atoll.model.units import GIB, MIB
 FIRST_USER = 0x70000000
 """Root's VMs run as users from here on, 2^27 of them: a range that neither systemd nor useradd gives to anyone
 (systemd's UIDs-GIDs page)."""
+CPU_LIMIT = "CPU limit"
+"""A barrier when a limit was set."""
 UNTOUCHED = 512 * MIB
 """Stacks of threads and coroutines count as data, though hardly a page of them is ever touched."""
 STACK = 2 * MIB
@@ -62,7 +64,10 @@ class Wanted(Struct, frozen=True, kw_only=True):
     memory: int
     """Bytes that it may take, the guest's RAM included."""
     threads: int
-    cpus: int
+    cpus: float
+    """How many processors' time it may take."""
+    cpus_limited: bool = False
+    """That was asked for, so it is told whether it holds."""
     guest_data: int
     """Bytes of the guest that its largest file is for: a disk's size, or the RAM's."""
     writes_tracked: bool
@@ -76,6 +81,8 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
     """
     if wanted.level == "none":
         missing = tuple(Barrier(name=name, holds=False, why="isolation is switched off") for name in BARRIERS)
+        if wanted.cpus_limited:
+            missing = (*missing, Barrier(name=CPU_LIMIT, holds=False, why="isolation is switched off"))
         return None, Isolation(level="none", barriers=missing)
     root, landlock = os.geteuid() == 0, kernel.landlock_version()
     namespaces = usable_namespaces()
@@ -96,6 +103,8 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         groups=groups.entrances,
     )
     barriers = _barriers(jail, namespaces=namespaces, no_ids=no_ids, groups=groups)
+    if wanted.cpus_limited:
+        barriers = (*barriers, _cpu_limit(wanted.cpus, groups))
     isolation = Isolation(level=wanted.level, user=ids.user if ids else None, barriers=barriers)
     if wanted.level == "strict" and isolation.missing:
         cgroups.remove(wanted.id)
@@ -155,6 +164,12 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
         ),
         barrier("file limit", jail.filtered, "RLIMIT_FSIZE", "it can be raised where no system calls are filtered"),
     )
+
+
+def _cpu_limit(cpus: float, groups: cgroups.Groups) -> Barrier:
+    if "cpu" in groups.bounded:
+        return Barrier(name=CPU_LIMIT, holds=True, why=f"{cpus:g} processors' time, control group")
+    return Barrier(name=CPU_LIMIT, holds=False, why=groups.why or cgroups.NO_GROUP)
 
 
 @cache

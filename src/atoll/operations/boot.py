@@ -23,7 +23,7 @@ from atoll.model.launch import LaunchPlan, UserNetwork
 from atoll.model.spec import Arch, VmSpec
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Run, Vm
-from atoll.operations import networks, observe
+from atoll.operations import limits, networks, observe
 from atoll.operations.check_ports import check_port_free
 from atoll.operations.create import firmware_for
 from atoll.operations.descriptors import hand_over, set_path
@@ -113,7 +113,7 @@ def _helpers(steps: LaunchPlan, weaker: tuple[str, ...]) -> tuple[Barrier, ...]:
     """What keeps in the programs that serve its network cards."""
     if not any(isinstance(network, UserNetwork) for network in steps.networks):
         return ()
-    why = "; ".join(weaker) or "slirp4netns: its own root and user, filters of system calls and of frames"
+    why = "; ".join(weaker) or "slirp4netns: its own root, filters of system calls and of frames"
     return (Barrier(name="network helper", holds=not weaker, why=why),)
 
 
@@ -124,7 +124,8 @@ def _wanted(vm: Vm, spec: VmSpec, steps: LaunchPlan) -> Wanted:
         memory=steps.memory,
         # QEMU's pool for disks has 64 threads; migration, snapshots and its timers take a few.
         threads=256 + 2 * spec.cpu.maximum,
-        cpus=spec.cpu.maximum + 1,
+        cpus=limits.processors(spec),
+        cpus_limited=bool(spec.limits.cpus),
         guest_data=max([spec.memory, *(disk.size for disk in spec.disks)]),
         writes_tracked=True,
     )
@@ -145,6 +146,8 @@ async def _greet(vm: Vm, spec: VmSpec, incoming: Incoming | None, report: Report
     try:
         async with Monitor(connect(paths.socket("control")), timeout=GREETING_TIME) as monitor:
             version = await monitor.execute("query-version")
+            if spec.limits.io_bytes or spec.limits.io_operations:
+                await limits.hold_back_disks(monitor, spec.limits)
             if incoming is not None:
                 await _load(monitor, incoming, spec, report)
             status = await monitor.execute("query-status")
