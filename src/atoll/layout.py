@@ -142,6 +142,11 @@ class NetworkPaths:
         return self.run / "impairments.json"
 
     @property
+    def policy(self) -> Path:
+        """What the rules that hold were made from."""
+        return self.run / "policy.json"
+
+    @property
     def uplink(self) -> Path:
         """The socket that takes published ports, in a folder of the uplink's own."""
         return self.run / "uplink" / "control"

@@ -2,18 +2,24 @@
 
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.helpers.machines import Factory
 from tests.helpers.ports import free_port
 from tests.helpers.world import disagreements
 
-from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
+from atoll.errors import AlreadyExists, EngineFailed, InvalidInput, NotFound, WrongState
 from atoll.host import facts
+from atoll.layout import Layout
 from atoll.model.requests import DiskRequest, SetRequest
 from atoll.model.spec import PortSpec
 from atoll.model.state import Phase
+from atoll.operations import boot, template
+from atoll.operations.descriptors import Access
 from atoll.qemu import jobs
 from atoll.qemu.guest import Agent, Refused
 from atoll.qemu.monitor import Monitor
@@ -213,6 +219,63 @@ async def test_templates_go_when_memory_is_scarce_and_are_made_again(
     (again,) = await factory.host.fork("v@one", name="second")
     for fork in (again, await factory.host.get("first")):
         assert await factory.machine(fork).read("/dev/shm/memory") == "here"
+
+
+@pytest.fixture
+def small_shared_memory(layout: Layout) -> Iterator[Path]:
+    """The folder for templates on a file system of its own that holds less than a guest's memory, and is thought to
+    have room: as when others fill it meanwhile.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system takes root")
+    layout.templates.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", layout.templates], check=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(template, "RESERVE", -1000)
+            yield layout.templates
+    finally:
+        subprocess.run(["umount", "--lazy", layout.templates], check=True)
+        layout.templates.rmdir()
+
+
+async def test_shared_memory_that_is_full_is_done_without(factory: Factory, small_shared_memory: Path) -> None:
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo here > /dev/shm/memory")
+    await vm.snapshot("one")
+    (fork,) = await factory.host.fork("v@one", name="fork")
+    assert await factory.machine(fork).read("/dev/shm/memory") == "here"
+    await vm.sh("echo later > /dev/shm/memory")
+    (other,) = await vm.fork(1, name="other")
+    assert await factory.machine(other).read("/dev/shm/memory") == "later"
+    assert not [path for path in small_shared_memory.iterdir() if path.stat().st_size > MIB]
+    assert await disagreements(factory.layout) == []
+
+
+async def test_a_copy_whose_qemu_dies_while_it_loads_takes_the_others_with_it(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them or none; and the source never knows."""
+    vm = await factory.run("tiny", name="v", memory="96MiB")
+    await vm.sh("echo here > /dev/shm/memory")
+    hand_over = boot.hand_over
+
+    async def dies(monitor: Monitor, path: object, access: Access, *, name: str) -> int:
+        (victim,) = [info.vm for info in await factory.host.ls() if info.vm.name == "fork-2"] or [None]
+        for pid in boot.engines_of(victim) if victim is not None else ():
+            os.kill(pid, signal.SIGKILL)
+        return await hand_over(monitor, path, access, name=name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(boot, "hand_over", dies)
+        with pytest.raises(EngineFailed):
+            await vm.fork(3, name="fork-{n}")
+    assert {info.vm.name for info in await factory.host.ls()} == {"v"}
+    assert not factory.layout.templates.exists()
+    assert await vm.read("/dev/shm/memory") == "here"
+    assert await disagreements(factory.layout) == []
+    forks = await vm.fork(3, name="fork-{n}")
+    assert [await factory.machine(fork).read("/dev/shm/memory") for fork in forks] == ["here"] * 3
 
 
 async def test_a_qemu_that_saves_plain_streams_can_do_the_same(

@@ -56,6 +56,14 @@ def networks_work(person: Person) -> None:
     person.atoll("exec", "mine", "--", "sh", "-c", found.decode())
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
         assert answer.read() == b"served\n"
+    person.atoll("net", "group", "create", "web", "--rule", "allow in tcp 80 from label:role=mine")
+    person.atoll("net", "set", "other", "--group", "web", "--limit", "10Mbit")
+    fetch = ["exec", "mine", "--", "sh", "-c", "printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 2 other 80"]
+    assert b"served" not in person.run(sys.executable, "-c", ATOLL, *fetch).stdout
+    person.atoll("set", "mine", "--label", "role=mine")
+    assert b"served" in person.atoll(*fetch)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+        assert answer.read() == b"served\n", "a published port leads in still"
     # Whoever waits for the dead may take its time, hence the states.
     look = ["pgrep", "-a", "-u", str(USER), "-r", "DRS", "-f", "atoll-network|dnsmasq|slirp4netns .* up0"]
     pids = person.run(*look).stdout.splitlines()

@@ -18,7 +18,7 @@ from atoll.host.jail import DEVICES, Ids, Jail
 from atoll.host.sandbox import own_ids, shown_libraries, usable_namespaces, without_ids
 from atoll.model.units import GIB, MIB
 
-CAP_SETPCAP, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_SYS_ADMIN = 8, 10, 12, 21
+CAP_SETPCAP, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN = 8, 10, 12, 13, 21
 PROCESSES = 256
 """None has more than ten. But who has ended counts until somebody has taken note of that, which may be nobody."""
 CONNECTIONS = 2048
@@ -56,7 +56,7 @@ def for_user_network(
     return HelperJail(jail=jail, weaker="" if namespaces.usable else f"it has no root of its own: {namespaces.why}")
 
 
-def for_names(programs: Sequence[str], *, network_id: str, files: Path) -> Jail:
+def for_names(programs: Sequence[str], *, network_id: str, files: Path, ipv6: bool) -> Jail:
     """The jail in which a network's names and addresses are told: a network of its own, and these files.
 
     Its user namespace is the network's as well. Raises `NetworkFailed` where there are no namespaces.
@@ -70,8 +70,9 @@ def for_names(programs: Sequence[str], *, network_id: str, files: Path) -> Jail:
         namespaces=True,
         user_namespace=True,
         ids=ids,
-        # In that network alone. dnsmasq insists on the second one for DHCP, though it doesn't use it.
-        capabilities=(CAP_NET_BIND_SERVICE, CAP_NET_ADMIN),
+        # In that network alone. dnsmasq insists on the second one for DHCP, though it doesn't use it; the third one is
+        # for router advertisements.
+        capabilities=(CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, *((CAP_NET_RAW,) if ipv6 else ())),
     )
 
 

@@ -21,6 +21,7 @@ from atoll.host import facts, files, helper_jail, process, syscalls
 from atoll.host.sandbox import own_ids
 from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
+from atoll.model.network import Network
 
 MARK = "atoll-network"
 """The word before a network's id in its holder's argv."""
@@ -34,6 +35,9 @@ _SET_INTERFACE, _TAP, _NO_INFORMATION, _OFFLOADS = 0x400454CA, 0x0002, 0x1000, 0
 
 LINKS = r"""
 echo 1 >/proc/sys/net/ipv4/ip_forward
+for each in disable_ipv6 accept_ra accept_dad; do
+    [ ! -e /proc/sys/net/ipv6 ] || echo 0 >/proc/sys/net/ipv6/conf/default/$each
+done
 ip -batch "$1/links" && nft -f "$1/rules.nft"
 """
 HOLDER = r"""
@@ -63,14 +67,14 @@ def holder_of(paths: NetworkPaths) -> facts.ProcessIdentity | None:
     return known if facts.is_alive(known) else None
 
 
-async def hold(network_id: str, paths: NetworkPaths) -> facts.ProcessIdentity:
+async def hold(network: Network, paths: NetworkPaths) -> facts.ProcessIdentity:
     """Make the namespace, with what the files in `paths` say in it. Raises `NetworkFailed`, `MissingTool`."""
-    end(network_id, paths)
+    end(network.id, paths)
     ready, told = os.pipe()
     waiting, going = os.pipe()
     try:
         try:
-            holder = _start(network_id, paths, waiting, told)
+            holder = _start(network, paths, waiting, told)
         finally:
             os.close(waiting)
             os.close(told)
@@ -83,27 +87,28 @@ async def hold(network_id: str, paths: NetworkPaths) -> facts.ProcessIdentity:
             raise NetworkFailed("a network can't be brought up", last_line(paths.log), "Run `atoll doctor`.")
         return identity
     except (NetworkFailed, ProcessFailed, BrokenPipeError):
-        end(network_id, paths)
+        end(network.id, paths)
         raise
     finally:
         os.close(ready)
         os.close(going)
 
 
-def _start(network_id: str, paths: NetworkPaths, waiting: int, told: int) -> int:
+def _start(network: Network, paths: NetworkPaths, waiting: int, told: int) -> int:
     """The holder's pid. `alive` is open in it for as long as it lives."""
     sh, dnsmasq, sleep = (process.find(each) for each in ("sh", "dnsmasq", "sleep"))
     alive = os.open(paths.alive, os.O_RDWR | os.O_CLOEXEC)
     try:
         with paths.log.open("ab") as log:
             program = Program(
-                argv=(sh, "-c", HOLDER, MARK, network_id, str(paths.names), dnsmasq, sleep),
+                argv=(sh, "-c", HOLDER, MARK, network.id, str(paths.names), dnsmasq, sleep),
                 descriptors=(alive,),
                 input=waiting,
                 output=told,
                 errors=log.fileno(),
             )
-            jail = helper_jail.for_names((sh, dnsmasq, sleep), network_id=network_id, files=paths.names)
+            ipv6 = network.subnet6 is not None
+            jail = helper_jail.for_names((sh, dnsmasq, sleep), network_id=network.id, files=paths.names, ipv6=ipv6)
             return spawn(program, jail).pid
     finally:
         os.close(alive)

@@ -8,6 +8,7 @@ Middle and child tell the parent on a pipe how far they came; it closes by itsel
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 from functools import cache
@@ -19,6 +20,9 @@ from msgspec.structs import replace
 from atoll.errors import EngineFailed, MissingTool, Unsupported
 from atoll.host import process, seccomp, syscalls
 from atoll.host.jail import BASE, NAMESPACES, Ids, Jail, enter_groups, set_limits, shut_in
+
+MANY_DESCRIPTORS = 1024
+"""More than QEMU has open."""
 
 
 class Program(Struct, frozen=True, kw_only=True):
@@ -58,6 +62,7 @@ def spawn(program: Program, jail: Jail | None) -> Spawned:
                 jail = _enter_namespaces(jail, saying, waiting)
             _leave_parent(saying)
             os.chdir(program.folder)
+            _widen_table_of_descriptors()
             if jail is not None:
                 shut_in(jail, program.shown, _filter(jail))
             # Whatever secrets are in our environment, they aren't for it.
@@ -172,6 +177,14 @@ def _leave_parent(saying: int) -> None:
     if child:
         os.write(saying, f"pid {child} ".encode())
         os._exit(0)
+
+
+def _widen_table_of_descriptors() -> None:
+    """One that grows while there are threads makes the kernel wait for all processors, 10 to 20 ms each time
+    (expand_fdtable() in its fs/file.c). QEMU's outgrows 64 when its guest goes on; exec keeps the size.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(os.dup2(0, min(allowed, MANY_DESCRIPTORS) - 1))
 
 
 def _filter(jail: Jail) -> "ctypes.Array[ctypes.c_char] | None":

@@ -237,12 +237,12 @@ async def kill_strays(services: Services, vm: Vm) -> None:
 
 async def networks_ended(services: Services, vm: Vm) -> None:
     """Until the helpers of a QEMU that is gone are gone as well: a moment, in which they still have its ports."""
-    from atoll.host.watch import wait_for_exit
-
     for network in services.layout.vm(vm.id).run.glob("*.net/control"):
         pid = user_network.helper_of(network)
         if pid is None:
             continue
+        from atoll.host.watch import wait_for_exit
+
         try:
             await asyncio.wait_for(wait_for_exit(pid), HELPER_TIME)
         except TimeoutError:

@@ -3,6 +3,7 @@
 step      do                                                     undo
 apply     what can change live: CPUs, the balloon, limits        balloon and limits back (added CPUs stay until restart)
 record    the new values, for now or for the next start          (point of no return)
+tell      rules of networks that mean it by a label that changed
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from atoll.model.spec import LimitSpec, VmSpec
 from atoll.model.state import Phase
 from atoll.model.units import format_size
 from atoll.model.vm import Change, Vm
-from atoll.operations import disk, guest_setup, limits, observe, resolve
+from atoll.operations import disk, guest_setup, limits, networks, observe, resolve
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
 from atoll.operations.services import Services
@@ -222,11 +223,17 @@ def _holding(running: LimitSpec, wanted: LimitSpec, live: dict[str, str]) -> Lim
     return replace(wanted, cpus=running.cpus) if live.get("cpu-limit") else wanted
 
 
+async def _tell(context: Context[ConfigureRequest]) -> None:
+    if context.request.change.labels:
+        await networks.tell_names(context.services, networks.shared_by(context.vm.spec, context.vm.pending))
+
+
 SET = Verb(
     name="set",
     request=ConfigureRequest,
     steps=(
         Step("apply", _apply, _unapply),
         Step("record", _record, final=True),
+        Step("tell", _tell),
     ),
 )

@@ -70,19 +70,24 @@ class Verb(Generic[R]):
     name: str
     request: type[R]
     steps: tuple[Step[R], ...]
+    durable: bool = True
+    """What it intends is safe from a power cut before it is done, not only its end. False where a power cut leaves
+    nothing to undo: a step's work is in the computer's memory, in the records, or found as unneeded.
+    """
 
 
 class _Journal:
     """One operation's record, written at each step."""
 
-    def __init__(self, services: Services, operation: Operation, notes: dict[str, Any]) -> None:
+    def __init__(self, services: Services, operation: Operation, notes: dict[str, Any], *, durable: bool) -> None:
         self._records = services.records
+        self._durable = durable
         self._notes = notes
         self.operation = operation
 
-    def write(self, **changes: Any) -> None:
+    def write(self, *, durable: bool = True, **changes: Any) -> None:
         self.operation = replace(self.operation, notes=dict(self._notes), **changes)
-        self._records.put_operation(self.operation)
+        self._records.put_operation(self.operation, durable=durable)
 
     def try_to_write(self, **changes: Any) -> None:
         """A full disk mustn't keep an undo from what it can do; what isn't written is undone once more later."""
@@ -96,7 +101,7 @@ class _Journal:
     def intend(self, name: str) -> None:
         done = tuple(replace(step, state="done") if step.state == "intended" else step for step in self.operation.steps)
         self.operation = replace(self.operation, steps=tuple(step for step in done if step.name != name))
-        self.write(state="running", steps=self.marked(name, "intended"))
+        self.write(durable=self._durable, state="running", steps=self.marked(name, "intended"))
 
     def finish(self) -> None:
         steps = tuple(replace(step, state="done") for step in self.operation.steps)
@@ -136,7 +141,7 @@ async def perform(
             owner=this_process(),
             created_at=time.time(),
         )
-        await _drive(verb, context, _Journal(services, operation, context.notes))
+        await _drive(verb, context, _Journal(services, operation, context.notes, durable=verb.durable))
         return context
 
 
@@ -306,7 +311,7 @@ async def settle(
             report=lambda progress: None,
             notes=dict(operation.notes),
         )
-        journal = _Journal(services, replace(operation, owner=this_process()), context.notes)
+        journal = _Journal(services, replace(operation, owner=this_process()), context.notes, durable=verb.durable)
         what = f"'{operation.verb} {operation.subject_name}' had been interrupted"
         if forward or _final_step(verb, journal) is not None:
             await _drive(verb, context, journal)

@@ -5,12 +5,14 @@ started (`start`). A snapshot that was taken for it is forgotten when all have s
 """
 
 import asyncio
+import contextlib
 import os
 import time
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from atoll.errors import AtollError, InvalidInput, WrongState
+from atoll.errors import AtollError, InvalidInput, StorageFailed, WrongState
 from atoll.model.names import check_vm_name, new_id
 from atoll.model.operation import Progress
 from atoll.model.snapshot import Snapshot
@@ -21,7 +23,7 @@ from atoll.operations.create import CREATE, NewVm
 from atoll.operations.engine import perform
 from atoll.operations.guest_settle import NewCard, leave_word
 from atoll.operations.history import forget
-from atoll.operations.power import go_on
+from atoll.operations.power import control
 from atoll.operations.remove import remove
 from atoll.operations.resolve import new_mac
 from atoll.operations.services import Report, Services
@@ -30,6 +32,8 @@ from atoll.operations.start import start
 
 MOST = 1000
 """Copies that one command makes."""
+TOGETHER = 100
+"""Copies that are let go on at the same time; each takes two open files until then."""
 _NUMBER = "{n}"
 TIME_TO_ANSWER = 20.0
 """Seconds in which copies on a network take their addresses; those that don't take them at the next exchange."""
@@ -72,7 +76,11 @@ async def fork(
     options = SnapshotOptions(
         name=free_name(services, source, "fork"), message="for copies that are being started", volatile=True
     )
-    node = await snapshot(source, options, services=services, report=report)
+    try:
+        node = await snapshot(source, options, services=services, report=report)
+    except StorageFailed:
+        # Others may have taken the room that there was in memory.
+        node = await snapshot(source, replace(options, volatile=False), services=services, report=report)
     try:
         return await copies(node, names, services, report)
     finally:
@@ -99,15 +107,11 @@ async def copies(
             if report is not None:
                 report(Progress(step="start copies", done=len(made), total=len(names), unit="steps"))
 
-    async def let_go(vm: Vm) -> None:
-        async with places, services.lease(vm.id, what=vm.name):
-            await go_on(services, vm)
-
     # The first of many would take processor time from the last, so they go on together once all are there.
     hold = pool is not None or len(names) > 1
     results = await asyncio.gather(*(one(name) for name in names), return_exceptions=True)
     if hold and pool is None and node.memory.running and len(made) == len(names):
-        results = await asyncio.gather(*(let_go(vm) for vm in made), return_exceptions=True)
+        results = [result for some in _batches(made) for result in await _go_on(some, services)]
     failed = next((result for result in results if isinstance(result, BaseException)), None)
     if failed is not None:
         for vm in made:
@@ -118,6 +122,24 @@ async def copies(
             settle_later(services, vm)
     order = {name: index for index, name in enumerate(names)}
     return sorted(made, key=lambda vm: order[vm.name])
+
+
+def _batches(vms: list[Vm]) -> list[list[Vm]]:
+    return [vms[start : start + TOGETHER] for start in range(0, len(vms), TOGETHER)]
+
+
+async def _go_on(vms: Sequence[Vm], services: Services) -> list[BaseException | None]:
+    """Each is reached before the first is told: a guest that goes on takes processor time from all that comes after."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            monitors = []
+            for vm in vms:
+                await stack.enter_async_context(services.lease(vm.id, what=vm.name))
+                monitors.append(await stack.enter_async_context(control(services, vm)))
+        except AtollError as error:
+            return [error]
+        told = await asyncio.gather(*(monitor.execute("cont") for monitor in monitors), return_exceptions=True)
+        return [each if isinstance(each, BaseException) else None for each in told]
 
 
 def settle_later(services: Services, vm: Vm) -> None:

@@ -125,5 +125,8 @@ async def _go_on(context: Context[TakeRequest]) -> None:
 
 
 TAKE = Verb(
-    name="take", request=TakeRequest, steps=(Step("record", _record, _put_back), Step("go on", _go_on, final=True))
+    name="take",
+    request=TakeRequest,
+    durable=False,
+    steps=(Step("record", _record, _put_back), Step("go on", _go_on, final=True)),
 )

@@ -119,10 +119,12 @@ async def _tell_resumed(context: Context[PowerRequest]) -> None:
 PAUSE = Verb(
     name="pause",
     request=PowerRequest,
+    durable=False,
     steps=(Step("pause", _pause, _unpause), Step("tell", _tell_paused, final=True)),
 )
 RESUME = Verb(
     name="resume",
     request=PowerRequest,
+    durable=False,
     steps=(Step("resume", _resume, _pause_again), Step("tell", _tell_resumed, final=True)),
 )

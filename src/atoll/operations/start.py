@@ -19,7 +19,7 @@ from atoll.model.snapshot import Memory
 from atoll.model.spec import VmSpec
 from atoll.model.state import require
 from atoll.model.vm import Run, Vm
-from atoll.operations import guest_setup, observe
+from atoll.operations import observe
 from atoll.operations.boot import Incoming, boot, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import go_on
@@ -95,6 +95,9 @@ async def _go_on(context: Context[StartRequest]) -> None:
     if memory.running and not context.request.hold:
         await go_on(context.services, context.vm)
         if not memory.shared:
+            # What talks to guests takes 9 ms to import, which most starts don't need.
+            from atoll.operations import guest_setup
+
             context.services.later(guest_setup.settled(context.services, context.vm))
     if not memory.shared:
         context.services.layout.memory_file(memory.id).unlink(missing_ok=True)
@@ -111,6 +114,7 @@ def drop_removed_disks(paths: VmPaths, spec: VmSpec) -> None:
 START = Verb(
     name="start",
     request=StartRequest,
+    durable=False,
     steps=(
         Step("check", _check_stopped),
         Step("launch", _launch, _kill),

@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from atoll.errors import from_os_error
+from atoll.errors import StorageFailed, from_os_error
 from atoll.host import disks, facts, files
 from atoll.layout import Layout
 from atoll.model.names import new_id
@@ -88,6 +88,9 @@ async def _in_memory(services: Services, memory: Memory, path: Path) -> Path:
                 await disks.copy_sparse(path, temporary)
                 temporary.chmod(0o444)
                 temporary.replace(copy)
+            except StorageFailed:
+                # Others took the room meanwhile.
+                return path
             finally:
                 temporary.unlink(missing_ok=True)
     return copy

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
-from atoll.errors import EngineFailed, TimedOut
+from atoll.errors import EngineFailed, StorageFailed, TimedOut
 from atoll.model.operation import Progress
 from atoll.qemu.monitor import Events, Monitor
 
@@ -91,7 +91,7 @@ async def migration_events(monitor: Monitor) -> AsyncIterator[Events]:
 
 
 async def until_ended(monitor: Monitor, events: Events, *, report: Report, step: str) -> None:
-    """Until the stream is complete. Raises `EngineFailed` with QEMU's reason."""
+    """Until the stream is complete. Raises `EngineFailed` with QEMU's reason, `StorageFailed` for a full disk."""
     while True:
         status: dict[str, Any] = await monitor.execute("query-migrate")
         _raise_if_failed(status)
@@ -117,8 +117,12 @@ async def until_finalized(monitor: Monitor) -> None:
 
 def _raise_if_failed(status: dict[str, Any]) -> None:
     why = _ENDED.get(status.get("status", ""))
-    if why:
-        raise EngineFailed("the memory can't be saved or loaded", status.get("error-desc", why))
+    if not why:
+        return
+    said = status.get("error-desc", why)
+    if "No space left" in said:
+        raise StorageFailed("the memory can't be saved", said, "Free some space (`atoll prune`), then try again.")
+    raise EngineFailed("the memory can't be saved or loaded", said)
 
 
 async def cancel(monitor: Monitor) -> None:

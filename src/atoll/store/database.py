@@ -113,13 +113,18 @@ class Database:
         return version
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All that is written in it holds, or nothing. Raises `RecordsFailed`; clashes of unique values pass."""
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """All that is written in it holds, or nothing. Raises `RecordsFailed`; clashes of unique values pass.
+
+        What isn't `durable` is there whatever becomes of this process, but a power cut may take the last of it, up to
+        what was durable: the file system isn't waited for (SQLite's `PRAGMA synchronous`, with a write-ahead log).
+        """
         if self._why_not_written is not None:
             raise self._why_not_written
         if self._reserve is not None:
             give_when_low(self._reserve)
         with told(self._path):
+            self.connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from atoll.model.groups import Group
 from atoll.model.image import Image, Layer
 from atoll.model.network import Attached, Network
 from atoll.model.operation import Operation
@@ -141,13 +142,25 @@ class Records(Protocol):
     def attached(self, network_id: str | None = None) -> dict[str, list[Attached]]:
         """The cards on each network, or on one, by the network's id."""
 
+    def groups(self) -> list[Group]:
+        """All security groups, by their names."""
+
+    def put_group(self, group: Group) -> None:
+        """Add or replace. Raises `NotFound` when its rules mean a group that isn't there."""
+
+    def remove_group(self, name: str) -> None:
+        """Idempotent. Raises `WrongState` while cards have it or rules of others mean it."""
+
     def operations(self, *, unfinished: bool = False, limit: int = 200) -> list[Operation]:
         """The newest first; `unfinished` are those that run, are being undone, or are stuck."""
 
     def operation(self, operation_id: str) -> Operation | None: ...
 
-    def put_operation(self, operation: Operation) -> None:
-        """Add or replace. A cancel request that another process recorded meanwhile is kept."""
+    def put_operation(self, operation: Operation, *, durable: bool = True) -> None:
+        """Add or replace. A cancel request that another process recorded meanwhile is kept.
+
+        What isn't `durable` is safe from the end of this process at once, from a power cut with the next that is.
+        """
 
     def request_cancel(self, operation_id: str) -> None: ...
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from atoll.errors import AlreadyExists, NotFound, RecordsFailed
+from atoll.model.groups import Group
 from atoll.model.image import Image, Layer
 from atoll.model.network import Attached, Network
 from atoll.model.operation import Operation
@@ -232,6 +233,18 @@ class SqliteRecords:
         with told(self._path):
             return networks.attached(self._rows(networks.ATTACHED, network_id, network_id))
 
+    def groups(self) -> list[Group]:
+        with told(self._path):
+            return networks.read_groups(self._rows("SELECT record FROM security_groups ORDER BY name"))
+
+    def put_group(self, group: Group) -> None:
+        with self._transaction() as db:
+            networks.put_group(db, group)
+
+    def remove_group(self, name: str) -> None:
+        with self._transaction() as db:
+            networks.remove_group(db, name)
+
     # For fsck
 
     def readable(self) -> Readable:
@@ -262,8 +275,8 @@ class SqliteRecords:
             rows = self._rows("SELECT record FROM operations WHERE id = ?", operation_id)
             return _operation.decode(rows[0][0]) if rows else None
 
-    def put_operation(self, operation: Operation) -> None:
-        with self._transaction() as db:
+    def put_operation(self, operation: Operation, *, durable: bool = True) -> None:
+        with self._transaction(durable=durable) as db:
             row = db.execute("SELECT record FROM operations WHERE id = ?", (operation.id,)).fetchone()
             if row is not None and _operation.decode(row[0]).cancel_requested:
                 operation = msgspec.structs.replace(operation, cancel_requested=True)
@@ -285,8 +298,9 @@ class SqliteRecords:
 
     @staticmethod
     def _forget_old(db: sqlite3.Connection) -> None:
+        # The plus keeps SQLite from looking at all that are done, by the index of states.
         db.execute(
-            "DELETE FROM operations WHERE state IN ('done', 'undone') AND created_at <"
+            "DELETE FROM operations WHERE +state IN ('done', 'undone') AND created_at <"
             " (SELECT created_at FROM operations ORDER BY created_at DESC LIMIT 1 OFFSET ?)",
             (KEPT_OPERATIONS - 1,),
         )
