@@ -116,14 +116,14 @@ def show(network: str, format: Format) -> None:
     """
     from atoll.cli.session import perform
 
-    async def action(host: "AsyncHost") -> NetworkInfo:
-        return await host.networks.show(network)
+    async def action(host: "AsyncHost") -> tuple[NetworkInfo, set[str]]:
+        return await host.networks.show(network), {each.name for each in await host.networks.groups.ls()}
 
-    found = perform(action, cancelled="")
+    found, groups = perform(action, cancelled="")
     if format != "table":
         emit(found, format)
         return
-    cards = [_card(each, found.network) for each in found.attached]
+    cards = [_card(each, found.network, groups) for each in found.attached]
     pairs = [
         ("Name", found.network.name),
         ("Id", found.network.id),
@@ -138,10 +138,12 @@ def show(network: str, format: Format) -> None:
     print_description([pair for pair in pairs if pair[1]])
 
 
-def _card(card: Attached, network: Network) -> str:
+def _card(card: Attached, network: Network, groups: set[str]) -> str:
     words = [f"{card.vm}.{network.domain}", card.address, card.mac]
     words += [card.address6] if card.address6 else []
     words += [f"groups {'+'.join(card.groups)}"] if card.groups else []
+    gone = [name for name in card.groups if name not in groups]
+    words += [f"(gone, so they allow nothing: {', '.join(gone)})"] if gone else []
     words += [f"limit {format_rate(card.limit)}"] if card.limit else []
     return "  ".join(words)
 

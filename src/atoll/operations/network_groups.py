@@ -60,7 +60,8 @@ def find_group(services: Services, name: str) -> Group:
 
 async def create_group(name: str, rules: Sequence[str], *, services: Services) -> None:
     """Raises `InvalidInput`, `AlreadyExists`, `NotFound` for a group that the rules mean."""
-    if any(group.name == groups.check_name(name) for group in services.records.groups()):
+    groups.check_name(name)
+    if any(group.name == name for group in services.records.groups()):
         raise AlreadyExists(
             f"there is a security group '{name}' already",
             next_step=f"Choose another name, or change it with `atoll net group set {name}`.",
