@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import history, libvirt, raw, report
+from bench import barriers, history, libvirt, networks, raw, report
 from bench.harness import Case, Figures, Goal, measure
 from bench.ours import NAME, TWIN, Atoll
 
@@ -54,6 +54,8 @@ def main() -> None:
         peer = prepare_peer(atoll, image, hand, home, kvm=kvm) if options.peers else None
         rows = [
             *(measure(case, tell) for case in starts(atoll, hand, repetitions, peers=options.peers)),
+            *(measure(case, tell) for case in barriers.cases(repetitions)),
+            *networks_of(atoll, hand, repetitions),
             *execs(atoll, hand, repetitions, peers=options.peers),
             *history.figures(atoll, home / "history", repetitions, tell, peers=options.peers),
             *listings(atoll, peer, home, many, repetitions),
@@ -127,6 +129,12 @@ def starts(atoll: Atoll, hand: raw.ByHand, repetitions: int, *, peers: bool) -> 
             (Goal("raw", 1.05),),
         ),
     ]
+
+
+def networks_of(atoll: Atoll, hand: raw.ByHand, repetitions: int) -> list[Figures]:
+    """Throughput, with the guests up for as long."""
+    with networks.cases(atoll, hand, repetitions) as cases:
+        return [measure(case, tell) for case in cases]
 
 
 def execs(atoll: Atoll, hand: raw.ByHand, repetitions: int, *, peers: bool) -> Iterator[Figures]:

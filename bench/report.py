@@ -102,6 +102,11 @@ NOTES = """## What is measured
 
 - **start returns**: the whole `atoll start`, and the whole `virsh start`; raw QEMU is the very command line and
   descriptors of that VM, started by hand, until QMP says that the guest runs.
+- **spawn**: a small program (`true`) until it runs, with the preparation of the jail that a VM has, behind all
+  barriers and with one left out; raw is the same without any.
+- **MiB through networks**: by the guest's clock (published port: by the host's). Between two guests on a shared
+  network, from a guest to an address of its host through slirp4netns (raw: QEMU's own slirp), and from the host
+  through a port that is published on 127.0.0.1.
 - **guest answers**: the same until the tiny guest's agent has answered. libvirt's domain has the same kernel, command
   line, memory and kinds of devices.
 - **exec, whole process**: `atoll exec VM -- true`; for libvirt the `virsh qemu-agent-command` calls that start `true`

@@ -103,7 +103,7 @@ def _attack(name: str, jail: Jail, trial: Trial, wanted: sandbox.Wanted) -> str:
     os.write(telling, msgspec.json.encode(targets))
     argv = (PYTHON, "-I", "-S", "-c", Path(attacks.__file__).read_text())
     program = Program(argv=argv, descriptors=(3, 4, 5), output=2, folder=trial.helper or "/")
-    process = os.pidfd_open(spawn(program, jail))
+    process = os.pidfd_open(spawn(program, jail).pid)
     for number in (3, 4, 5):
         os.dup2(2, number)
     for number in (told, telling, saying, disk, *high):

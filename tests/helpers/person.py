@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from tests.helpers import leftovers
 
 USER, STRANGER = 54321, 54322
 """Numbers that nobody has; a user needs no name for this."""
+WITH_IDS = 1001
+"""The first user that computers have, whom /etc/subuid gives others as a rule."""
 ATOLL = "from atoll.cli.main import main; main()"
 
 
@@ -24,6 +27,7 @@ class Person:
     def __init__(self, uid: int, home: Path) -> None:
         self.uid = uid
         self.home = home
+        self.environment: dict[str, str] = {}
 
     @property
     def become(self) -> list[str]:
@@ -34,12 +38,18 @@ class Person:
         return subprocess.run(
             [*self.become, *argv],
             input=stdin,
-            env=kept | {"HOME": str(self.home)},
+            env=kept | {"HOME": str(self.home)} | self.environment,
             cwd=self.home,
             capture_output=True,
             timeout=300,
             check=False,
         )
+
+    def refused(self, *words: str) -> str:
+        """What a command that fails says."""
+        finished = self.run(sys.executable, "-c", ATOLL, *words)
+        assert finished.returncode != 0, finished.stdout.decode(errors="replace")
+        return finished.stderr.decode(errors="replace")
 
     def atoll(self, *words: str, stdin: bytes = b"") -> bytes:
         finished = self.run(sys.executable, "-c", ATOLL, *words, stdin=stdin)
@@ -63,3 +73,16 @@ def somebody(uid: int) -> Iterator[Person]:
     finally:
         leftovers.end_processes_of(home)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def subordinate_of(uid: int) -> set[int] | range:
+    """The users that this one may give to its programs; else that user itself."""
+    with contextlib.suppress(KeyError):
+        name = pwd.getpwuid(uid).pw_name
+        for line in Path("/etc/subuid").read_text().splitlines():
+            owner, first, count = line.split(":")
+            if owner == name:
+                return range(int(first), int(first) + int(count))
+    if uid != USER:
+        pytest.skip("this computer has no such user")
+    return {uid}

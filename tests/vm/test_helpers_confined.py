@@ -1,16 +1,14 @@
 """The real helpers of real VMs, looked at from outside: who they are, what they may do, and what they see."""
 
-import contextlib
 import json
 import os
-import pwd
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 from tests.helpers.machines import Factory
-from tests.helpers.person import USER, somebody
+from tests.helpers.person import USER, WITH_IDS, somebody, subordinate_of
 from tests.helpers.ports import free_port
 
 from atoll.host import facts, namespace, slirp, user_network
@@ -127,7 +125,7 @@ async def test_root_s_helpers_of_a_shared_network(factory: Factory) -> None:
     assert not any(facts.identity_of(each.pid) for each in names)
 
 
-@pytest.mark.parametrize("uid", [USER, 1001], ids=["without subordinate ids", "with them"])
+@pytest.mark.parametrize("uid", [USER, WITH_IDS], ids=["without subordinate ids", "with them"])
 def test_an_ordinary_user_s_helpers(uid: int) -> None:
     with somebody(uid) as person:
         user = subordinate_of(uid)
@@ -150,16 +148,3 @@ def test_an_ordinary_user_s_helpers(uid: int) -> None:
         person.atoll("rm", "--force", "v")
         person.atoll("net", "rm", "lab")
         assert facts.identity_of(pid) is None
-
-
-def subordinate_of(uid: int) -> set[int] | range:
-    """The users that this one may give to its programs; else that user itself."""
-    with contextlib.suppress(KeyError):
-        name = pwd.getpwuid(uid).pw_name
-        for line in Path("/etc/subuid").read_text().splitlines():
-            owner, first, count = line.split(":")
-            if owner == name:
-                return range(int(first), int(first) + int(count))
-    if uid != USER:
-        pytest.skip("this computer has no such user")
-    return {uid}

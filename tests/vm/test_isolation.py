@@ -108,7 +108,7 @@ def own_address() -> str:
     """An address of this computer that isn't loopback; nothing is sent to find it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.255", 9))
+            probe.connect(("203.0.113.1", 9))
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])

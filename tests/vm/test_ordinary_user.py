@@ -1,7 +1,9 @@
 """An ordinary user, without root at any step: the same commands, in folders of that user's own."""
 
 import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -9,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.helpers.person import ATOLL, STRANGER, USER, Person, somebody
+from tests.helpers.person import ATOLL, STRANGER, USER, WITH_IDS, Person, somebody, subordinate_of
 from tests.helpers.ports import free_port
+
+from atoll.host import process
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
@@ -121,3 +125,30 @@ def test_everything_works_without_root(person: Person) -> None:
         person.run(sys.executable, "-c", ATOLL, "rm", "--force", "mine", "other")
         person.run(sys.executable, "-c", ATOLL, "net", "rm", "lab")
     assert person.atoll("ls", "--quiet") == b""
+
+
+@pytest.mark.parametrize("uid", [USER, WITH_IDS], ids=["no subordinate ids", "a newuidmap that may not"])
+def test_who_can_t_give_vms_users_of_their_own_runs_them_as_himself_and_is_told(uid: int) -> None:
+    with somebody(uid) as person:
+        subordinate_of(uid)
+        why = f"{uid} has no subordinate ids in /etc/subuid and /etc/subgid"
+        if uid == WITH_IDS:
+            # A copy isn't set-user-ID.
+            tools = person.home / "tools"
+            tools.mkdir()
+            for tool in ("newuidmap", "newgidmap"):
+                shutil.copyfile(process.find(tool), tools / tool)
+                (tools / tool).chmod(0o755)
+            person.environment["PATH"] = f"{tools}:{os.environ['PATH']}"
+            why = "newuidmap: write to uid_map failed: Operation not permitted"
+        person.atoll("image", "build", "tiny", "--quiet")
+        vm = json.loads(person.atoll("run", "tiny", "--name", "v", "--memory", "96MiB", "--quiet", "--format", "json"))
+        assert owners(str(vm["vm"]["run"]["pid"])) == {str(uid)}
+        assert f"own user: no: {why}" in person.atoll("show", "v").decode()
+        assert why in person.run(sys.executable, "-c", ATOLL, "doctor").stdout.decode() or uid == USER
+        person.atoll("stop", "--force", "v")
+        person.atoll("set", "v", "--isolation", "strict")
+        assert f"the isolation 'strict' isn't possible here: own user: {why}" in person.refused("start", "v")
+        person.atoll("set", "v", "--isolation", "standard")
+        person.atoll("start", "v", "--wait")
+        person.atoll("rm", "--force", "v")

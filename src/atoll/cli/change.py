@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from atoll.cli.failures import Format
-from atoll.cli.options import VM, parse_pairs
+from atoll.cli.options import VM, parse_pairs, with_limits
 from atoll.cli.output import emit, format_option, print_table
 from atoll.errors import InvalidInput
 from atoll.model.isolation import IsolationLevel
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--display", type=click.Choice(["none", "vga", "virtio"]), help="Its graphics card.")
 @click.option("--accel", "accelerator", type=click.Choice(get_args(AcceleratorChoice)), help="What runs it.")
 @click.option("--isolation", type=click.Choice(get_args(IsolationLevel)), help="How it is confined.")
+@with_limits
 @click.option("--cmdline", help="Added to its kernel's command line.")
 @click.option("--agent/--no-agent", default=None, help="The guest agent was installed in it, or taken away.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Set a label. Repeatable.")
@@ -40,6 +41,7 @@ def set_command(vm: str, labels: tuple[str, ...], unlabels: tuple[str, ...], for
     Examples:
       atoll set web --cpus 4 --memory 2GiB
       atoll set web --disk-size 40GiB
+      atoll set web --cpu-limit 1.5 --io-limit 50MiB
       atoll set web --label tier=front --unlabel test
     """
     from atoll.cli.session import perform

@@ -12,7 +12,7 @@ from atoll.model.units import format_rate, format_size
 from atoll.model.vm import VmInfo
 
 if TYPE_CHECKING:
-    from atoll.model.spec import NicSpec, VmSpec
+    from atoll.model.spec import LimitSpec, NicSpec, VmSpec
     from atoll.platform.api import AsyncHost
 
 
@@ -129,6 +129,7 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
         ("CPUs", f"{spec.cpu.count} (up to {spec.cpu.maximum}), {spec.cpu.model}"),
         ("Memory", format_size(spec.memory)),
         ("Disks", disks),
+        ("Limits", _limits(spec.limits)),
         ("Network", "\n".join(_nic(nic, networks) for nic in spec.nics)),
         ("Ports", "\n".join(_ports(spec))),
         ("Display", spec.display),
@@ -137,6 +138,15 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
         ("At next start", "changed settings take effect" if vm.pending else ""),
         ("When stopped", "it is removed" if vm.remove_when_stopped else ""),
     ]
+
+
+def _limits(limits: "LimitSpec") -> str:
+    told = [
+        f"{limits.cpus:g} processors' time" if limits.cpus else "",
+        f"{format_size(limits.io_bytes)}/s for its disks" if limits.io_bytes else "",
+        f"{limits.io_operations} disk operations a second" if limits.io_operations else "",
+    ]
+    return ", ".join(each for each in told if each)
 
 
 def _isolation(info: VmInfo) -> str:

@@ -1,9 +1,9 @@
 """What users write after options, made into what the façade takes. Everything here raises `InvalidInput`."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +15,7 @@ from atoll.model.units import parse_duration
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+F = TypeVar("F", bound=Callable[..., Any])
 _PORT = re.compile(
     r"(?:(?P<address>[0-9.]+|localhost):)?(?P<host>\d+)(?:-(?P<host_end>\d+))?"
     r":(?P<guest>\d+)(?:-(?P<guest_end>\d+))?(?:/(?P<protocol>tcp|udp))?",
@@ -22,6 +23,19 @@ _PORT = re.compile(
 )
 _PORT_FORM = "Write [ADDRESS:]HOST:GUEST[/tcp|udp], such as 8080:80, 0.0.0.0:8080:80 or 5353:53/udp."
 LARGEST_PORT = 65535
+
+
+LIMITS = (
+    click.option("--cpu-limit", type=float, metavar="CPUS", help="How many processors' time it may take; 0 for all."),
+    click.option("--io-limit", metavar="SIZE", help="What its disks move in a second, such as 50MiB; 0 for all."),
+    click.option("--iops-limit", type=int, metavar="N", help="Operations of its disks in a second; 0 for all."),
+)
+
+
+def with_limits(function: F) -> F:
+    for option in reversed(LIMITS):
+        function = option(function)
+    return function
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only

@@ -18,6 +18,11 @@ from msgspec import Struct
 from atoll.host import kernel
 
 FOLDER = "atoll"
+PERIOD = 100_000
+"""Microseconds in which a group may take its time: the kernel's default."""
+
+
+NO_GROUP = "there is no control group that this user may make"
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
@@ -25,7 +30,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
 
     processes: int
     """Threads count as well."""
-    cpus: int
+    cpus: float
     """How many processors' time."""
 
 
@@ -72,7 +77,7 @@ def make(vm_id: str, wanted: Wanted) -> Groups:
 def _settings_of_first(wanted: Wanted) -> dict[str, tuple[tuple[str, str], ...]]:
     return {
         "pids": (("pids.max", str(wanted.processes)),),
-        "cpu": (("cpu.cfs_quota_us", str(wanted.cpus * 100_000)),),
+        "cpu": (("cpu.cfs_quota_us", str(_quota(wanted.cpus))),),
     }
 
 
@@ -86,11 +91,31 @@ def _make_second(base: Path, name: str, wanted: Wanted) -> Groups:
             if lacking:
                 (above / "cgroup.subtree_control").write_text(" ".join(lacking))
         (folder / "pids.max").write_text(str(wanted.processes))
-        (folder / "cpu.max").write_text(f"{wanted.cpus * 100_000} 100000")
+        (folder / "cpu.max").write_text(f"{_quota(wanted.cpus)} {PERIOD}")
     except OSError as error:
         _remove(folder)
         return Groups(why=f"{error.filename}: {error.strerror}")
     return Groups(entrances=(str(folder / "cgroup.procs"),), version=2, bounded=frozenset(controllers))
+
+
+def _quota(cpus: float) -> int:
+    return round(cpus * PERIOD)
+
+
+def change_cpus(vm_id: str, cpus: float) -> str:
+    """Let a VM that runs take this many processors' time. Returns why it couldn't be, or nothing."""
+    ours, found = kernel.own_groups(), False
+    try:
+        for controller, mount in kernel.cgroup_mounts().items():
+            if controller not in ours or controller not in ("", "cpu"):
+                continue
+            for folder in (mount / ours[controller].lstrip("/") / FOLDER).glob(f"{vm_id}.*"):
+                file, text = ("cpu.cfs_quota_us", "") if controller else ("cpu.max", f" {PERIOD}")
+                (folder / file).write_text(f"{_quota(cpus)}{text}")
+                found = True
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return "" if found else NO_GROUP
 
 
 def remove(vm_id: str) -> None:

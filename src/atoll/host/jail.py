@@ -48,6 +48,8 @@ class Jail(Struct, frozen=True, kw_only=True):
     """A process whose user namespace is entered instead; 0 for none."""
     ids: Ids | None = None
     """The user and group to become."""
+    ids_required: bool = False
+    """It isn't started without them, where an ordinary user's can't be mapped."""
     programs: tuple[str, ...] = ()
     """Folders and files, from /, that are shown: the program and what it is made of."""
     sockets: bool = False

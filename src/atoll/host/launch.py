@@ -24,6 +24,8 @@ _FLAGS = {
 @dataclass(frozen=True)
 class Launched:
     pid: int
+    no_ids: str
+    """Why it has no user of its own though the jail has one for it; else empty."""
     weaker: tuple[str, ...]
     """A sentence about each helper that is confined less than it should be."""
 
@@ -52,7 +54,8 @@ def launch(
             output=output.fileno(),
             folder=plan.working_folder,
         )
-        return Launched(pid=spawn(program, jail), weaker=tuple(weaker))
+        spawned = spawn(program, jail)
+        return Launched(pid=spawned.pid, no_ids=spawned.no_ids, weaker=tuple(weaker))
 
 
 def _open_all(

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import socket
 import struct
@@ -29,6 +30,8 @@ MARK = "atoll-network"
 """The word before a network's id in its holder's argv."""
 START_TIME = 20.0
 """Seconds until a namespace has to be ready on a busy computer; it takes some 50 ms."""
+END_TIME = 5.0
+"""Seconds until it has to be gone, with all that it started; it takes some ms."""
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 # From the kernel's header if_tun.h.
 _SET_INTERFACE, _TAP, _NO_INFORMATION, _OFFLOADS = 0x400454CA, 0x0002, 0x1000, 0x4000
@@ -109,7 +112,7 @@ def _start(network: Network, paths: NetworkPaths, waiting: int, told: int) -> in
             )
             ipv6 = network.subnet6 is not None
             jail = helper_jail.for_names((sh, dnsmasq, sleep), network_id=network.id, files=paths.names, ipv6=ipv6)
-            return spawn(program, jail)
+            return spawn(program, jail).pid
     finally:
         os.close(alive)
 
@@ -135,11 +138,16 @@ def last_line(log: Path) -> str:
 
 
 def end(network_id: str, paths: NetworkPaths) -> None:
-    """End the holder, also one that a killed command has left unrecorded. dnsmasq and the uplink end with it."""
+    """End the holder, also one that a killed command has left unrecorded. dnsmasq ends with it, the uplink after it."""
     ids = own_ids(network_id)
     for pid in facts.scan_for(network_id, after=MARK, also_user=ids.user if ids else None):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            handle = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+                select.select([handle], [], [], END_TIME)
+            finally:
+                os.close(handle)
     paths.holder.unlink(missing_ok=True)
 
 

@@ -36,6 +36,7 @@ PACKAGES = {
     "dpkg-deb": "dpkg",
     "zstd": "zstd",
     "newuidmap": "uidmap",
+    "newgidmap": "uidmap",
     "slirp4netns": "slirp4netns",
     "dnsmasq": "dnsmasq-base",
     "nft": "nftables",

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from atoll.errors import MissingTool, Unsupported
 from atoll.host import cgroups, kernel, process, seccomp
@@ -22,6 +23,8 @@ from atoll.model.units import GIB, MIB
 FIRST_USER = 0x70000000
 """Root's VMs run as users from here on, 2^27 of them: a range that neither systemd nor useradd gives to anyone
 (systemd's UIDs-GIDs page)."""
+CPU_LIMIT = "CPU limit"
+"""A barrier when a limit was set."""
 UNTOUCHED = 512 * MIB
 """Stacks of threads and coroutines count as data, though hardly a page of them is ever touched."""
 STACK = 2 * MIB
@@ -61,7 +64,10 @@ class Wanted(Struct, frozen=True, kw_only=True):
     memory: int
     """Bytes that it may take, the guest's RAM included."""
     threads: int
-    cpus: int
+    cpus: float
+    """How many processors' time it may take."""
+    cpus_limited: bool = False
+    """That was asked for, so it is told whether it holds."""
     guest_data: int
     """Bytes of the guest that its largest file is for: a disk's size, or the RAM's."""
     writes_tracked: bool
@@ -75,6 +81,8 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
     """
     if wanted.level == "none":
         missing = tuple(Barrier(name=name, holds=False, why="isolation is switched off") for name in BARRIERS)
+        if wanted.cpus_limited:
+            missing = (*missing, Barrier(name=CPU_LIMIT, holds=False, why="isolation is switched off"))
         return None, Isolation(level="none", barriers=missing)
     root, landlock = os.geteuid() == 0, kernel.landlock_version()
     namespaces = usable_namespaces()
@@ -85,6 +93,7 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         namespaces=namespaces.usable,
         user_namespace=namespaces.usable and not root,
         ids=ids,
+        ids_required=wanted.level == "strict",
         programs=shown_programs(binary),
         devices=DEVICES,
         writes_tracked=wanted.writes_tracked and root and namespaces.usable and Path(USERFAULTFD).exists(),
@@ -94,6 +103,8 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         groups=groups.entrances,
     )
     barriers = _barriers(jail, namespaces=namespaces, no_ids=no_ids, groups=groups)
+    if wanted.cpus_limited:
+        barriers = (*barriers, _cpu_limit(wanted.cpus, groups))
     isolation = Isolation(level=wanted.level, user=ids.user if ids else None, barriers=barriers)
     if wanted.level == "strict" and isolation.missing:
         cgroups.remove(wanted.id)
@@ -155,6 +166,12 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
     )
 
 
+def _cpu_limit(cpus: float, groups: cgroups.Groups) -> Barrier:
+    if "cpu" in groups.bounded:
+        return Barrier(name=CPU_LIMIT, holds=True, why=f"{cpus:g} processors' time, control group")
+    return Barrier(name=CPU_LIMIT, holds=False, why=groups.why or cgroups.NO_GROUP)
+
+
 @cache
 def shown_libraries() -> tuple[str, ...]:
     """What programs are linked with, and how they find it."""
@@ -185,6 +202,15 @@ def _linked_from(folder: Path, shown: list[str]) -> list[str]:
     return sorted({str(real.parent) for real in links if not str(real).startswith(tuple(f"{each}/" for each in shown))})
 
 
+def without_user(isolation: Isolation, why: str) -> Isolation:
+    """What holds where a user of its own was meant to and couldn't be had."""
+    barriers = tuple(
+        Barrier(name=each.name, holds=False, why=why) if each.name == "own user" else each
+        for each in isolation.barriers
+    )
+    return replace(isolation, user=None, barriers=barriers)
+
+
 def own_ids(vm_id: str) -> Ids | None:
     """Root's VMs have theirs from a range that nobody uses, an ordinary user's from the subordinate ids.
 
@@ -208,7 +234,8 @@ def without_ids(vm_id: str) -> str:
     if ids is None:
         return f"{_user_name()} has no subordinate ids in /etc/subuid and /etc/subgid"
     try:
-        process.find("newuidmap")
+        for tool in ("newuidmap", "newgidmap"):
+            process.find(tool)
     except MissingTool as error:
         return f"{error.what} ({error.next_step})"
     return ""

@@ -12,12 +12,14 @@ import resource
 import signal
 import subprocess
 from functools import cache
+from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from atoll.errors import EngineFailed
+from atoll.errors import EngineFailed, MissingTool, Unsupported
 from atoll.host import process, seccomp, syscalls
-from atoll.host.jail import BASE, NAMESPACES, Jail, enter_groups, set_limits, shut_in
+from atoll.host.jail import BASE, NAMESPACES, Ids, Jail, enter_groups, set_limits, shut_in
 
 MANY_DESCRIPTORS = 1024
 """More than QEMU has open."""
@@ -41,8 +43,15 @@ class Program(Struct, frozen=True, kw_only=True):
     """Where it works, if it has no other root. Its environment has nothing but this."""
 
 
-def spawn(program: Program, jail: Jail | None) -> int:
-    """Start it; returns its pid on the host. Raises `EngineFailed` when it can't be started or shut in."""
+class Spawned(Struct, frozen=True, kw_only=True):
+    pid: int
+    """On the host."""
+    no_ids: str
+    """Why it hasn't the user of its own that the jail asks for; empty when it has, or none is asked for."""
+
+
+def spawn(program: Program, jail: Jail | None) -> Spawned:
+    """Start it. Raises `EngineFailed` when it can't be started or shut in."""
     said, saying = os.pipe()
     waiting, going = os.pipe()
     middle = os.fork()
@@ -50,7 +59,7 @@ def spawn(program: Program, jail: Jail | None) -> int:
         try:
             _stand_alone(program, keep=(saying, waiting))
             if jail is not None:
-                _enter_namespaces(jail, saying, waiting)
+                jail = _enter_namespaces(jail, saying, waiting)
             _leave_parent(saying)
             os.chdir(program.folder)
             _widen_table_of_descriptors()
@@ -95,6 +104,16 @@ def namespaces_refused() -> str:
     return why
 
 
+def users_refused(ids: Ids) -> str:
+    """Why this user's programs can't have that user; empty when they can. Tried (20 ms)."""
+    nothing = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        program = Program(argv=(process.find("true"),), descriptors=(), output=nothing)
+        return spawn(program, Jail(namespaces=False, user_namespace=True, ids=ids)).no_ids
+    finally:
+        os.close(nothing)
+
+
 def _stand_alone(program: Program, *, keep: tuple[int, ...]) -> None:
     """A session of its own, and no descriptor but those that were given."""
     os.setsid()
@@ -117,7 +136,8 @@ def _stand_alone(program: Program, *, keep: tuple[int, ...]) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
-def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> None:
+def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> Jail:
+    """Returns what is left to be done: without a user of its own, where the parent couldn't map one."""
     enter_groups(jail)
     if jail.joined:
         descriptor = os.open(f"/proc/{jail.joined}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
@@ -129,8 +149,11 @@ def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> None:
         if jail.ids is not None:
             # Only newuidmap may map other users; the parent runs it.
             os.write(saying, b"map ")
-            if not os.read(waiting, 1):
+            answer = os.read(waiting, 1)
+            if not answer:
                 raise OSError("its users weren't mapped")
+            if answer == b"n":
+                jail = replace(jail, ids=None)
         else:
             _write("/proc/self/setgroups", "deny")
             _write("/proc/self/uid_map", f"0 {user} 1")
@@ -139,6 +162,7 @@ def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> None:
     if jail.namespaces:
         syscalls.unshare(NAMESPACES & ~syscalls.CLONE_NEWNET if jail.host_network else NAMESPACES)
         syscalls.set_host_name("vm")
+    return jail
 
 
 def _write(path: str, text: str) -> None:
@@ -170,33 +194,55 @@ def _filter(jail: Jail) -> "ctypes.Array[ctypes.c_char] | None":
     return ctypes.create_string_buffer(own, len(own))
 
 
-def _follow(middle: int, said: int, going: int, jail: Jail | None, *, name: str) -> int:
+def _follow(middle: int, said: int, going: int, jail: Jail | None, *, name: str) -> Spawned:
     """Read what the child says until it has become the program, or has failed."""
-    heard = b""
+    heard, no_ids = b"", ""
     while chunk := os.read(said, 4096):
         heard += chunk
         if chunk == b"map ":
             assert jail is not None
-            _map_users(middle, jail)
-            os.write(going, b"g")
+            no_ids = _map_users(middle, jail)
+            os.write(going, b"n" if no_ids else b"y")
     words, _, failure = heard.decode(errors="replace").partition("failed ")
     if failure or "pid " not in words:
         raise EngineFailed(f"{name} can't be shut in", failure or "its starter ended", "Run `atoll doctor`.")
-    return int(words.rpartition("pid ")[2])
+    return Spawned(pid=int(words.rpartition("pid ")[2]), no_ids=no_ids)
 
 
-def _map_users(pid: int, jail: Jail) -> None:
-    """In the namespace 0 is this user, who builds the jail, and 1 the program's own. newuidmap takes 2 to 10 ms."""
+def _map_users(pid: int, jail: Jail) -> str:
+    """In the namespace 0 is this user, who builds the jail, and 1 the program's own. newuidmap takes 2 to 10 ms.
+
+    Where that doesn't work there is no 1, and this says why. Raises `Unsupported` when there has to be.
+    """
     assert jail.ids is not None
     if os.geteuid() == 0:
         _write(f"/proc/{pid}/uid_map", f"0 0 1\n1 {jail.ids.user} 1\n")
         _write(f"/proc/{pid}/gid_map", f"0 0 1\n1 {jail.ids.group} 1\n")
-        return
+        return ""
+    refused = _refused_by_tools(pid, jail.ids)
+    if refused and jail.ids_required:
+        raise Unsupported(
+            "the isolation 'strict' isn't possible here",
+            f"own user: {refused}",
+            "See `atoll doctor`, or use --isolation standard.",
+        )
+    if refused:
+        _write(f"/proc/{pid}/setgroups", "deny")
+        for file, ours in (("uid_map", os.getuid()), ("gid_map", os.getgid())):
+            # One of the two may have worked, and neither can be written twice.
+            if not Path(f"/proc/{pid}/{file}").read_text():
+                _write(f"/proc/{pid}/{file}", f"0 {ours} 1")
+    return refused
+
+
+def _refused_by_tools(pid: int, ids: Ids) -> str:
     running: list[subprocess.Popen[str]] = []
-    for tool, us, them in (("newuidmap", os.getuid(), jail.ids.user), ("newgidmap", os.getgid(), jail.ids.group)):
-        argv = [process.find(tool), str(pid), "0", str(us), "1", "1", str(them), "1"]
-        running.append(subprocess.Popen(argv, stderr=subprocess.PIPE, text=True))
-    for program in running:
-        _, errors = program.communicate(timeout=10)
-        if program.returncode != 0:
-            raise EngineFailed("a user of its own can't be mapped", errors.strip(), "See `man newuidmap`.")
+    try:
+        for tool, us, them in (("newuidmap", os.getuid(), ids.user), ("newgidmap", os.getgid(), ids.group)):
+            argv = [process.find(tool), str(pid), "0", str(us), "1", "1", str(them), "1"]
+            running.append(subprocess.Popen(argv, stderr=subprocess.PIPE, text=True))
+    except (MissingTool, OSError) as error:
+        return str(error)
+    finally:
+        said = [(program.communicate(timeout=10)[1].strip(), program.returncode) for program in running]
+    return "; ".join(errors or "newuidmap failed" for errors, code in said if code != 0)

@@ -150,7 +150,7 @@ def _spawn(network: UserNetwork, jail: Jail, hanging_up: int, telling: int) -> _
         folder=str(folder),
     )
     try:
-        pid = spawn(program, jail)
+        pid = spawn(program, jail).pid
         return _Helper(pid=pid, handle=os.pidfd_open(pid), errors=errors)
     except BaseException as error:
         os.close(errors)

@@ -134,6 +134,12 @@ class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     firmware: Firmware | None = None
     accelerator: AcceleratorChoice = "auto"
     isolation: IsolationLevel = "standard"
+    cpu_limit: float | None = None
+    """How many processors' time it may take; 0 for no limit, as below."""
+    io_limit: str | int | None = None
+    """Bytes that its disks may read and write in a second, together."""
+    iops_limit: int | None = None
+    """Operations of its disks in a second."""
     cdrom: tuple[str, ...] = ()
     """Images (of ISO files) put into CD drives."""
     disk_bus: Bus | None = None
@@ -161,6 +167,12 @@ class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     display: Literal["none", "vga", "virtio"] | None = None
     accelerator: AcceleratorChoice | None = None
     isolation: IsolationLevel | None = None
+    cpu_limit: float | None = None
+    """How many processors' time it may take; 0 for no limit, as below."""
+    io_limit: str | int | None = None
+    """Bytes that its disks may read and write in a second, together."""
+    iops_limit: int | None = None
+    """Operations of its disks in a second."""
     cmdline: str | None = None
     agent: bool | None = None
     """The guest agent was installed in it, or taken away."""

@@ -113,6 +113,16 @@ class CpuSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     threads: int = 1
 
 
+class LimitSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a VM may take of its computer; 0 is all that there is."""
+
+    cpus: float = 0
+    """How many processors' time."""
+    io_bytes: int = 0
+    """What its disks read and write in a second, together."""
+    io_operations: int = 0
+
+
 class VmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that decides how QEMU is started, but for the host's own facts."""
 
@@ -134,6 +144,7 @@ class VmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Resolved device addresses (`{"disk-root": "pcie.0/3"}`), given once and kept."""
     clock: Literal["utc", "localtime"] = "utc"
     isolation: IsolationLevel = "standard"
+    limits: LimitSpec = LimitSpec()
 
     @property
     def wants_seed(self) -> bool:

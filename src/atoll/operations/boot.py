@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from atoll.errors import EngineFailed
 from atoll.host import cgroups, facts, files, user_network
 from atoll.host.launch import launch
-from atoll.host.sandbox import Wanted, own_ids, prepare
+from atoll.host.sandbox import Wanted, own_ids, prepare, without_user
 from atoll.host.sockets import connect
 from atoll.layout import VmPaths
 from atoll.model.isolation import Barrier
@@ -23,7 +23,7 @@ from atoll.model.launch import LaunchPlan, UserNetwork
 from atoll.model.spec import Arch, VmSpec
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Run, Vm
-from atoll.operations import networks, observe
+from atoll.operations import limits, networks, observe
 from atoll.operations.check_ports import check_port_free
 from atoll.operations.create import firmware_for
 from atoll.operations.descriptors import hand_over, set_path
@@ -91,6 +91,8 @@ async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inco
     jail, isolation = prepare(steps.binary, _wanted(vm, spec, steps))
     async with networks.taps(services, vm, spec) as given:
         launched = launch(steps, log=paths.qemu_log, jail=jail, strict=spec.isolation == "strict", given=given)
+    if launched.no_ids:
+        isolation = without_user(isolation, launched.no_ids)
     identity = facts.identity_of(launched.pid)
     version = await _greet(vm, spec, incoming, report, paths)
     if identity is None:
@@ -111,7 +113,7 @@ def _helpers(steps: LaunchPlan, weaker: tuple[str, ...]) -> tuple[Barrier, ...]:
     """What keeps in the programs that serve its network cards."""
     if not any(isinstance(network, UserNetwork) for network in steps.networks):
         return ()
-    why = "; ".join(weaker) or "slirp4netns: its own root and user, filters of system calls and of frames"
+    why = "; ".join(weaker) or "slirp4netns: its own root, filters of system calls and of frames"
     return (Barrier(name="network helper", holds=not weaker, why=why),)
 
 
@@ -122,7 +124,8 @@ def _wanted(vm: Vm, spec: VmSpec, steps: LaunchPlan) -> Wanted:
         memory=steps.memory,
         # QEMU's pool for disks has 64 threads; migration, snapshots and its timers take a few.
         threads=256 + 2 * spec.cpu.maximum,
-        cpus=spec.cpu.maximum + 1,
+        cpus=limits.processors(spec),
+        cpus_limited=bool(spec.limits.cpus),
         guest_data=max([spec.memory, *(disk.size for disk in spec.disks)]),
         writes_tracked=True,
     )
@@ -143,6 +146,8 @@ async def _greet(vm: Vm, spec: VmSpec, incoming: Incoming | None, report: Report
     try:
         async with Monitor(connect(paths.socket("control")), timeout=GREETING_TIME) as monitor:
             version = await monitor.execute("query-version")
+            if spec.limits.io_bytes or spec.limits.io_operations:
+                await limits.hold_back_disks(monitor, spec.limits)
             if incoming is not None:
                 await _load(monitor, incoming, spec, report)
             status = await monitor.execute("query-status")

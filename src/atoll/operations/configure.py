@@ -1,7 +1,7 @@
 """set
 
 step      do                                                     undo
-apply     what QEMU can change live: add CPUs, move the balloon  the balloon back (added CPUs stay until the restart)
+apply     what can change live: CPUs, the balloon, limits        balloon and limits back (added CPUs stay until restart)
 record    the new values, for now or for the next start          (point of no return)
 tell      rules of networks that mean it by a label that changed
 """
@@ -16,11 +16,11 @@ from msgspec.structs import replace
 
 from atoll.errors import AtollError, InvalidInput, TimedOut
 from atoll.model.requests import SetRequest
-from atoll.model.spec import VmSpec
+from atoll.model.spec import LimitSpec, VmSpec
 from atoll.model.state import Phase
 from atoll.model.units import format_size
 from atoll.model.vm import Change, Vm
-from atoll.operations import disk, guest_setup, networks, observe, resolve
+from atoll.operations import disk, guest_setup, limits, networks, observe, resolve
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
 from atoll.operations.services import Services
@@ -84,6 +84,7 @@ def _changed(spec: VmSpec, request: SetRequest) -> VmSpec:
         display=request.display or spec.display,
         accelerator=request.accelerator or spec.accelerator,
         isolation=request.isolation or spec.isolation,
+        limits=limits.changed(spec.limits, request),
         guest=spec.guest if request.agent is None else replace(spec.guest, agent=request.agent),
     )
     return replace(changed, addresses=devices.assign_addresses(changed))
@@ -97,6 +98,9 @@ SETTINGS: dict[str, Callable[[VmSpec], str | int]] = {
     "display": lambda spec: spec.display,
     "accelerator": lambda spec: spec.accelerator,
     "isolation": lambda spec: spec.isolation,
+    "cpu-limit": lambda spec: f"{spec.limits.cpus:g}",
+    "io-limit": lambda spec: f"{format_size(spec.limits.io_bytes)}/s",
+    "iops-limit": lambda spec: spec.limits.io_operations,
     "agent": lambda spec: str(spec.guest.agent).lower(),
     "cmdline": lambda spec: spec.boot.cmdline,
 }
@@ -134,6 +138,7 @@ async def _apply(context: Context[ConfigureRequest]) -> None:
             live["cpus"] = await _add_cpus(monitor, vm.spec, spec.cpu.count) or await _unused_cpus(context, spec)
         if spec.memory != vm.spec.memory or vm.pending is not None:
             live["memory"] = await _move_balloon(monitor, vm.spec.memory, spec.memory)
+        live |= await limits.apply(monitor, vm, spec)
     context.notes["live"] = live
 
 
@@ -191,6 +196,8 @@ async def _unapply(context: Context[ConfigureRequest]) -> None:
     async with control(context.services, vm) as monitor:
         with contextlib.suppress(AtollError):
             await monitor.execute("balloon", {"value": (vm.pending or vm.spec).memory})
+        with contextlib.suppress(AtollError):
+            await limits.apply(monitor, replace(vm, spec=_changed(vm.spec, context.request.change)), vm.spec)
 
 
 async def _record(context: Context[ConfigureRequest]) -> None:
@@ -205,10 +212,15 @@ async def _record(context: Context[ConfigureRequest]) -> None:
         spec = vm.spec
         if live.get("cpus") == "":
             spec = replace(spec, cpu=replace(spec.cpu, count=wanted.cpu.count))
-        spec = replace(spec, guest=wanted.guest)
+        spec = replace(spec, guest=wanted.guest, limits=_holding(spec.limits, wanted.limits, live))
         changed = replace(vm, spec=spec, pending=None if wanted == spec else wanted, labels=labels)
     context.services.records.put_vm(changed)
     context.services.records.add_event("vm.changed", vm_id=vm.id, name=vm.name)
+
+
+def _holding(running: LimitSpec, wanted: LimitSpec, live: dict[str, str]) -> LimitSpec:
+    """What holds now; a limit that couldn't be put on is for the next start."""
+    return replace(wanted, cpus=running.cpus) if live.get("cpu-limit") else wanted
 
 
 async def _tell(context: Context[ConfigureRequest]) -> None:

@@ -19,7 +19,7 @@ from atoll.model.spec import DiskSpec, VmSpec
 from atoll.model.state import Phase, require
 from atoll.model.units import format_size
 from atoll.model.vm import Change, Vm
-from atoll.operations import hotplug, observe, resolve_disks
+from atoll.operations import hotplug, limits, observe, resolve_disks
 from atoll.operations.create import IMAGES_LOCK, find_image
 from atoll.operations.descriptors import add_nodes
 from atoll.operations.engine import Context, Step, Verb, perform
@@ -175,6 +175,7 @@ async def _attach(context: Context[AddRequest] | Context[RemoveDiskRequest]) -> 
         )
         for device in devices.disk_devices(context.vm.spec, disk, boot_index=None, bus=port):
             await monitor.execute("device_add", device)
+        await limits.hold_back_disks(monitor, context.vm.spec.limits)
 
 
 async def _let_grow(vm: Vm, size: int) -> None:

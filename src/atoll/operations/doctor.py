@@ -13,6 +13,8 @@ from atoll.errors import AtollError, MissingTool, Unsupported, from_os_error
 from atoll.host import accelerator, facts, process
 from atoll.host.checks import Check, kernel_features, resources
 from atoll.host.files import make_folder
+from atoll.host.sandbox import own_ids, usable_namespaces
+from atoll.host.spawn import users_refused
 from atoll.layout import Layout
 from atoll.model.spec import Arch
 from atoll.operations.services import Services
@@ -180,7 +182,7 @@ def _sub_ids() -> Check:
         return Check(name=name, ok="ok", found="not needed by root")
     lacking = [file for file in ("/etc/subuid", "/etc/subgid") if not _lists_user(Path(file), user)]
     if not lacking:
-        return Check(name=name, ok="ok", found="in /etc/subuid and /etc/subgid")
+        return _tried_ids(name)
     return Check(
         name=name,
         ok="warning",
@@ -188,6 +190,15 @@ def _sub_ids() -> Check:
         meaning="this user can't build Debian images, and its VMs run as itself",
         remedy=f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
     )
+
+
+def _tried_ids(name: str) -> Check:
+    ids = own_ids("0" * 8)
+    refused = users_refused(ids) if ids is not None and usable_namespaces().usable else ""
+    if not refused:
+        return Check(name=name, ok="ok", found="in /etc/subuid and /etc/subgid")
+    meaning = "this user's VMs run as itself"
+    return Check(name=name, ok="warning", found=refused, meaning=meaning, remedy=_reinstall("newuidmap"))
 
 
 def _lists_user(file: Path, user: str) -> bool:

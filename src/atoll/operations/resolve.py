@@ -19,6 +19,7 @@ from atoll.model.spec import (
     CpuSpec,
     Firmware,
     GuestSpec,
+    LimitSpec,
     Machine,
     NicSpec,
     PortSpec,
@@ -27,6 +28,7 @@ from atoll.model.spec import (
 )
 from atoll.model.subnets import check_mac
 from atoll.model.units import GIB, MIB, TIB, format_size, parse_size
+from atoll.operations import limits
 from atoll.operations.resolve_disks import all_disks, further_disk, with_heads
 from atoll.qemu import devices
 
@@ -83,6 +85,7 @@ def resolve(
         machine_type=caps.machines[machine],
         accelerator=request.accelerator,
         isolation=request.isolation,
+        limits=limits.changed(LimitSpec(), request),
         cpu=_cpu(request, machine, host_cpus),
         memory=check_memory(request.memory if request.memory is not None else (image.memory if image else None)),
         boot=_boot(request, image, firmware),
