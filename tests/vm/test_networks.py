@@ -134,8 +134,12 @@ async def test_three_vms_find_each_other_by_name(hosts: Factory) -> None:
     await forgotten(web, "db.lab.atoll")
     with pytest.raises(WrongState, match="base, cache, web are on it"):
         await hosts.host.networks.rm("lab")
+    cache_s = await address_of(cache)
     await cache.rm(force=True)
     await forgotten(web, "cache.lab.atoll")
+    late = await hosts.run("tiny", name="late", **on("lab"))
+    assert await address_of(late) == cache_s, "it is free at once"
+    await reaches(web, "late")
 
     # Whoever holds the namespace is killed: the next start brings the network up again.
     holder = namespace.holder_of(hosts.layout.network(lab.id))

@@ -48,7 +48,7 @@ read -r _ || exit
 trap '' HUP
 for each in dns dhcp; do
     "$3" --test -C "$2/$each.conf" || exit
-    while :; do "$3" -d -C "$2/$each.conf"; "$4" 1; done >&2 &
+    while :; do "$3" -d -C "$2/$each.conf" || "$4" 1; done >&2 &
 done
 echo ready
 exec >&2
@@ -135,6 +135,18 @@ def last_line(log: Path) -> str:
         lines = log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "its holder said nothing"
     return "its holder said nothing"
+
+
+def read_again(network_id: str, paths: NetworkPaths, holder: int) -> None:
+    """Let dnsmasq know that names or addresses have changed. The one that gives addresses starts anew: else it keeps
+    those of cards that are gone for an hour, and refuses them to whose they are now.
+    """
+    ids = own_ids(network_id)
+    for pid in facts.scan_for(str(paths.dhcp), after="-C", also_user=ids.user if ids else None):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(os.getpgid(holder), signal.SIGHUP)
 
 
 def end(network_id: str, paths: NetworkPaths) -> None:

@@ -10,7 +10,6 @@ Callers hold the network's lock. Whatever is killed on the way, `ensure` makes t
 import contextlib
 import os
 import secrets
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,8 +86,7 @@ async def tell(members: Members, paths: NetworkPaths) -> None:
         return
     for path, text in texts.items():
         files.write_atomically(path, text.encode(), mode=0o644)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(os.getpgid(holder.pid), signal.SIGHUP)
+    namespace.read_again(network.id, paths, holder.pid)
 
 
 def write_resolver(network: Network, paths: NetworkPaths) -> None:
