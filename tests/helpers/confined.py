@@ -45,7 +45,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(trial: Trial) -> Outcome:
     if not trial.namespaces:
-        sandbox._namespaces = lambda: kernel.Feature(usable=False, why="refused to this user")
+        sandbox.usable_namespaces = lambda: kernel.Feature(usable=False, why="refused to this user")
     wanted = sandbox.Wanted(
         id=trial.vm_id, level="standard", memory=trial.memory + (576 << 20), threads=258, cpus=3,
         guest_data=max(trial.memory, trial.disk_size), writes_tracked=True,

@@ -13,6 +13,7 @@ from atoll.model.vm import VmInfo
 
 if TYPE_CHECKING:
     from atoll.model.spec import NicSpec, VmSpec
+    from atoll.model.vm import ShareInfo
     from atoll.platform.api import AsyncHost
 
 
@@ -130,6 +131,7 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
         ("Memory", format_size(spec.memory)),
         ("Disks", disks),
         ("Network", "\n".join(_nic(nic, networks) for nic in spec.nics)),
+        ("Shares", "\n".join(_share(share) for share in info.shares)),
         ("Ports", "\n".join(_ports(spec))),
         ("Display", spec.display),
         ("Guest agent", "yes" if spec.guest.agent else "no"),
@@ -153,6 +155,12 @@ def _nic(nic: "NicSpec", networks: dict[str, str]) -> str:
     if nic.network:
         where = f" on {networks.get(nic.network, 'a network that is gone')}, {nic.address}"
     return f"{nic.name} {nic.mac} {nic.model}{where}"
+
+
+def _share(share: "ShareInfo") -> str:
+    access = " (read-only)" if share.read_only else ""
+    state = f": {share.state}" if share.state != "shared" else ""
+    return f"{share.host_path or '-'} at {share.guest_path}{access}{state}"
 
 
 def _way_on(info: VmInfo) -> str:

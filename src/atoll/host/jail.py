@@ -27,6 +27,7 @@ BASE = "/sys"
 """The folder that the empty root is mounted over: every Linux has it, and nothing that a jail shows is below it."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 USERFAULTFD = "/dev/userfaultfd"
+SHARED = "/share"
 
 
 class Ids(Struct, frozen=True, kw_only=True):
@@ -34,6 +35,13 @@ class Ids(Struct, frozen=True, kw_only=True):
 
     user: int
     group: int
+
+
+class Folder(Struct, frozen=True, kw_only=True):
+    """A folder of the host that is shown to a program that serves it."""
+
+    path: str
+    read_only: bool
 
 
 class Jail(Struct, frozen=True, kw_only=True):
@@ -49,6 +57,10 @@ class Jail(Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = DEVICES
     writes_tracked: bool = False
     """It gets a userfaultfd device of its own, for snapshots that are written while the guest runs."""
+    folder: Folder | None = None
+    """At `SHARED` in the empty root; where there is none, at its own path."""
+    texts: tuple[tuple[str, str], ...] = ()
+    """Files that are written into the empty root: path and content."""
     landlock: int = 0
     """The version of the interface to use; 0 for none."""
     filtered: bool = False
@@ -79,9 +91,14 @@ def shut_in(jail: Jail, shown: Sequence[int], filter_buffer: "ctypes.Array[ctype
     if jail.landlock:
         programs = ("/",) if jail.namespaces else jail.programs
         devices = (*jail.devices, USERFAULTFD) if jail.writes_tracked else jail.devices
-        landlock.restrict(jail.landlock, programs=programs, readable=shown, devices=devices)
+        folders = [] if jail.folder is None else [(_place(jail, jail.folder), jail.folder.read_only)]
+        landlock.restrict(jail.landlock, programs=programs, readable=shown, devices=devices, folders=folders)
     if filter_buffer is not None:
         syscalls.filter_system_calls(filter_buffer)
+
+
+def _place(jail: Jail, folder: Folder) -> str:
+    return SHARED if jail.namespaces else folder.path
 
 
 def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
@@ -98,9 +115,15 @@ def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
         _make_file(BASE + path)
     if jail.writes_tracked:
         _make_device(USERFAULTFD, BASE + USERFAULTFD, owner=jail.ids)
+    for path, text in jail.texts:
+        _make_file(BASE + path, text.encode())
+    if jail.folder is not None:
+        os.mkdir(BASE + SHARED)
     syscalls.set_mount_attributes(BASE, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
     for path in jail.devices:
         syscalls.mount(path, BASE + path, None, syscalls.MS_BIND)
+    if jail.folder is not None:
+        _show_folder(jail.folder)
     os.chdir(BASE)
     syscalls.pivot_root_here()
     os.chdir("/")
@@ -122,9 +145,19 @@ def _show(path: str) -> None:
     syscalls.mount(path, target, None, syscalls.MS_BIND | syscalls.MS_REC)
 
 
-def _make_file(path: str) -> None:
+def _show_folder(folder: Folder) -> None:
+    """With what is mounted below it: in a user namespace a part can't be had without."""
+    syscalls.mount(folder.path, BASE + SHARED, None, syscalls.MS_BIND | syscalls.MS_REC)
+    attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+    attributes |= syscalls.MOUNT_ATTR_RDONLY if folder.read_only else 0
+    syscalls.set_mount_attributes(BASE + SHARED, attributes, recursive=True)
+
+
+def _make_file(path: str, content: bytes = b"") -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444)
+    os.write(descriptor, content)
+    os.close(descriptor)
 
 
 def _make_device(like: str, path: str, *, owner: Ids | None) -> None:

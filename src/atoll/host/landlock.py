@@ -9,6 +9,9 @@ from atoll.host import syscalls
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, IOCTL_DEV = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 15
 _FILES_BY_VERSION = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: IOCTL_DEV}
 """The rights on files that each version of the interface brought: all up to MAKE_SYM, REFER, TRUNCATE, IOCTL_DEV."""
+_MAKE_CHAR, _MAKE_SOCK, _MAKE_FIFO, _MAKE_BLOCK = 1 << 6, 1 << 9, 1 << 10, 1 << 11
+NOT_SERVED = EXECUTE | IOCTL_DEV | _MAKE_CHAR | _MAKE_SOCK | _MAKE_FIFO | _MAKE_BLOCK
+"""What nobody may do in a folder that is served: run programs, make special files."""
 _BIND_AND_CONNECT_TCP, _ABSTRACT_SOCKETS_AND_SIGNALS = 3, 3
 
 
@@ -16,9 +19,17 @@ def known_rights(version: int) -> int:
     return sum(rights for since, rights in _FILES_BY_VERSION.items() if since <= version)
 
 
-def restrict(version: int, *, programs: Iterable[str], readable: Iterable[int], devices: Iterable[str]) -> None:
+def restrict(
+    version: int,
+    *,
+    programs: Iterable[str],
+    readable: Iterable[int],
+    devices: Iterable[str],
+    folders: Iterable[tuple[str, bool]] = (),
+) -> None:
     """From here on this process opens nothing but these: folders and files to read and execute, descriptors' files to
-    read, devices to use. No TCP and, where the kernel can, no abstract sockets and signals to those outside.
+    read, devices to use, folders to serve (with whether they are read-only). No TCP and, where the kernel can, no
+    abstract sockets and signals to those outside.
     """
     rights = known_rights(version)
     ruleset = syscalls.landlock_ruleset(
@@ -32,6 +43,8 @@ def restrict(version: int, *, programs: Iterable[str], readable: Iterable[int], 
             _allow_path(ruleset, path, EXECUTE | READ_FILE | READ_DIR)
         for path in devices:
             _allow_path(ruleset, path, (READ_FILE | WRITE_FILE | IOCTL_DEV) & rights)
+        for path, read_only in folders:
+            _allow_path(ruleset, path, READ_FILE | READ_DIR if read_only else rights & ~NOT_SERVED)
         for descriptor in readable:
             syscalls.landlock_allow(ruleset, descriptor, READ_FILE)
         syscalls.landlock_restrict(ruleset)

@@ -77,7 +77,7 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         missing = tuple(Barrier(name=name, holds=False, why="isolation is switched off") for name in BARRIERS)
         return None, Isolation(level="none", barriers=missing)
     root, landlock = os.geteuid() == 0, kernel.landlock_version()
-    namespaces = _namespaces()
+    namespaces = usable_namespaces()
     no_ids = _no_ids(wanted.id) if root or namespaces.usable else namespaces.why
     ids = None if no_ids else own_ids(wanted.id)
     groups = cgroups.make(wanted.id, cgroups.Wanted(processes=wanted.threads, cpus=wanted.cpus))
@@ -104,7 +104,7 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
     return jail, isolation
 
 
-def _namespaces() -> kernel.Feature:
+def usable_namespaces() -> kernel.Feature:
     """By the settings first, whose words help more than the kernel's; then by a trial."""
     told = kernel.user_namespaces()
     if not told.usable and os.geteuid() != 0:
@@ -159,9 +159,7 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
 def shown_programs(binary: str) -> tuple[str, ...]:
     """What QEMU is made of: its file, its libraries and modules, and its firmware blobs; all below /usr as a rule."""
     real = os.path.realpath(binary)
-    triplet = f"/usr/lib/{platform.machine()}-linux-gnu"
-    libraries = [triplet] if Path(triplet).is_dir() else ["/usr/lib"]
-    shown = ["/lib", "/lib64", "/usr/lib64", *libraries, "/etc/ld.so.cache"]
+    shown = _libraries()
     shown += ["/usr/share/qemu", "/usr/share/seabios", "/usr/share/ipxe", "/usr/lib/ipxe"]
     shown += ["/usr/share/seavgabios", "/usr/share/ipxe.qemu"]
     if not real.startswith("/usr/bin/"):
@@ -171,6 +169,18 @@ def shown_programs(binary: str) -> tuple[str, ...]:
     shown = [path for path in shown if os.path.lexists(path)]
     # A link's target is shown where the link is, unless it is below what is shown already.
     return tuple(dict.fromkeys([*shown, binary, real]))
+
+
+def _libraries() -> list[str]:
+    triplet = f"/usr/lib/{platform.machine()}-linux-gnu"
+    own = [triplet] if Path(triplet).is_dir() else ["/usr/lib"]
+    return ["/lib", "/lib64", "/usr/lib64", *own, "/etc/ld.so.cache"]
+
+
+def with_libraries(binary: str) -> tuple[str, ...]:
+    """A program that has nothing else, with all libraries."""
+    shown = [path for path in _libraries() if os.path.lexists(path)]
+    return tuple(dict.fromkeys([*shown, binary, os.path.realpath(binary)]))
 
 
 def _linked_from(folder: Path, shown: list[str]) -> list[str]:

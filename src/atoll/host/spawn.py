@@ -32,6 +32,8 @@ class Program(Struct, frozen=True, kw_only=True):
     """Those of `descriptors` that it opens again by the path /proc/self/fd/N."""
     output: int
     """Where its standard output and error go."""
+    link: int | None = None
+    """A socket that is its standard input and output instead."""
     folder: str = "/"
     """Where it works, if it has no empty root. Its environment has nothing but this."""
 
@@ -97,7 +99,8 @@ def _stand_alone(program: Program, *, keep: tuple[int, ...]) -> None:
     """A session of its own, and no descriptor but those that were given."""
     os.setsid()
     nothing = os.open("/dev/null", os.O_RDWR)
-    for target, source in ((0, nothing), (1, program.output), (2, program.output)):
+    first, second = (nothing, program.output) if program.link is None else (program.link, program.link)
+    for target, source in ((0, first), (1, second), (2, program.output)):
         os.dup2(source, target)
     wanted = {0, 1, 2, *keep, *program.descriptors}
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
@@ -149,7 +152,7 @@ def _leave_parent(saying: int) -> None:
 def _filter(jail: Jail) -> "ctypes.Array[ctypes.c_char] | None":
     if not jail.filtered:
         return None
-    own = seccomp.filter_program(own_pid=os.getpid())
+    own = seccomp.filter_program(own_pid=os.getpid(), serves_files=jail.folder is not None)
     return ctypes.create_string_buffer(own, len(own))
 
 
@@ -164,7 +167,7 @@ def _follow(middle: int, said: int, going: int, jail: Jail | None) -> int:
             os.write(going, b"g")
     words, _, failure = heard.decode(errors="replace").partition("failed ")
     if failure or "pid " not in words:
-        raise EngineFailed("QEMU can't be shut in", failure or "its starter ended", "Run `atoll doctor`.")
+        raise EngineFailed("a program can't be shut in", failure or "its starter ended", "Run `atoll doctor`.")
     return int(words.rpartition("pid ")[2])
 
 

@@ -86,6 +86,7 @@ async def take(node: Snapshot, name: str, *, services: Services) -> Vm:
             continue
         taken = services.vm(vm.id)
         settle_later(services, taken)
+        await mount_shares(services, [taken])
         return taken
     raise NotFound(
         f"no copy of {node.vm_name}@{node.name} waits",

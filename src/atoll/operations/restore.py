@@ -72,6 +72,10 @@ async def restore(
         disk_only=disk_only,
     )
     await perform(RESTORE, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    if node.spec.shares:
+        from atoll.operations.share import mount_all
+
+        await mount_all(services, services.vm(vm.id))
 
 
 def _node(context: Context[RestoreRequest]) -> Snapshot:

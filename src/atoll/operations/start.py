@@ -40,6 +40,10 @@ async def start(vm: Vm, *, services: Services, report: Report | None = None, hol
     """
     request = StartRequest(vm_id=vm.id, hold=hold)
     await perform(START, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    if vm.spec.shares or vm.pending is not None:
+        from atoll.operations.share import mount_all
+
+        await mount_all(services, services.vm(vm.id))
 
 
 async def _check_stopped(context: Context[StartRequest]) -> None:

@@ -11,11 +11,11 @@ from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
 from atoll.model.backup import Backup
 from atoll.model.difference import Difference
-from atoll.model.requests import DiskRequest, ImpairRequest, NicRequest, SetRequest
+from atoll.model.requests import DiskRequest, ImpairRequest, NicRequest, SetRequest, ShareRequest
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
 from atoll.model.state import require
-from atoll.model.vm import Change, ExecRequest, ExecResult, Stats, Vm, VmInfo
+from atoll.model.vm import Change, ExecRequest, ExecResult, ShareInfo, Stats, Vm, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import AsyncVm, BundleFile, ByteSink, Report, Terminal
 from atoll.platform.copies import AsyncCopies
@@ -69,7 +69,12 @@ class LocalVm:
 
         vm = self._record()
         stands_on = observe.place_of(self._services, vm)
-        return replace(observe.observe_one(self._services, vm), stands_on=stands_on)
+        info = replace(observe.observe_one(self._services, vm), stands_on=stands_on)
+        if not vm.spec.shares and vm.pending is None:
+            return info
+        from atoll.operations.shares import infos
+
+        return replace(info, shares=infos(info.vm, info.phase, self._services.layout.vm(vm.id)))
 
     async def start(self, *, wait: bool = False, timeout: float | None = None) -> None:
         from atoll.operations.start import start
@@ -246,6 +251,20 @@ class LocalVm:
         from atoll.operations.disk import resize_disk
 
         return await resize_disk(self._record(), name, size, services=self._services)
+
+    async def shares(self) -> list[ShareInfo]:
+        return list((await self.info()).shares)
+
+    async def share_add(self, request: ShareRequest) -> ShareInfo:
+        from atoll.operations.share import add
+
+        made = await add(self._record(), request, services=self._services)
+        return next(each for each in await self.shares() if each.guest_path == made.guest_path)
+
+    async def share_rm(self, guest_path: str) -> Change:
+        from atoll.operations.share import remove
+
+        return await remove(self._record(), guest_path, services=self._services)
 
     async def net_attach(self, request: NicRequest | str) -> tuple[NicSpec, Change]:
         from atoll.operations.network_nics import attach

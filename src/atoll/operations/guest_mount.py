@@ -1,0 +1,91 @@
+"""Folders of the computer, mounted in a Linux guest: sshfs on a port that the SFTP server is behind."""
+
+from atoll.errors import GuestFailed, Unsupported
+from atoll.layout import VmPaths
+from atoll.model.spec import ShareSpec
+from atoll.operations.guest_agent import exchange
+from atoll.operations.guest_capture import collected
+from atoll.operations.guest_scripts import PORT
+from atoll.operations.guest_slot import SH
+
+NO_SSHFS, NO_PORT, FAILED = 96, 97, 98
+
+DROP = r"""
+run=/run/atoll.share.$1
+if grep -q "^atoll\.$1 " /proc/mounts; then
+    sync
+    umount "$2" || umount -l "$2"
+fi 2>/dev/null
+[ -f "$run" ] && read -r pid <"$run" && kill -9 "$pid"
+i=0
+while [ -n "$pid" ] && kill -0 "$pid" && [ $((i += 1)) -lt 50 ]; do sleep 0.02; done 2>/dev/null
+rm -f "$run"
+exit 0
+"""
+"""Unmounts share `$1` from the folder `$2`, and sees that nobody has its port open. Who has files open there gets
+errors from then on.
+"""
+
+MOUNT = (
+    PORT
+    + r"""
+n=$1 folder=$2 options=$3 run=/run/atoll.share.$1
+PATH="${PATH:-/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}"
+command -v sshfs >/dev/null || exit 96
+[ -c /dev/fuse ] || modprobe fuse
+i=0
+until port "org.atoll.share.$n"; do
+    [ $((i += 1)) -lt 100 ] || exit 97
+    sleep 0.05
+done
+mkdir -p "$folder" || exit 98
+scope=
+# The agent's service may be started anew; what it started otherwise ends with it.
+[ -d /run/systemd/system ] && command -v systemd-run >/dev/null && scope='systemd-run --quiet --scope --collect'
+$scope sshfs -o "$options" host:. "$folder" <>"$p" >&0 2>"$run.log" &
+pid=$!
+echo "$pid" >"$run"
+i=0
+until grep -q "^atoll\.$n " /proc/mounts; do
+    kill -0 "$pid" 2>/dev/null && [ $((i += 1)) -lt 200 ] || { tail -n 3 "$run.log" >&2; exit 98; }
+    sleep 0.05
+done
+"""
+)
+"""Mounts share `$1` at the folder `$2` with the options `$3` of sshfs."""
+
+_CACHED = 1
+"""Seconds for which the guest believes what it has read of names, sizes and times."""
+
+
+def _options(share: ShareSpec) -> str:
+    # Everything belongs to the server's user, who is shown as root; that decides what may be done, not the guest.
+    wanted = [f"fsname=atoll.{share.number}", "passive", "allow_other", "idmap=user"]
+    wanted += [f"dcache_timeout={_CACHED}", f"attr_timeout={_CACHED}", f"entry_timeout={_CACHED}"]
+    return ",".join([*wanted, "ro"] if share.read_only else wanted)
+
+
+async def drop(paths: VmPaths, name: str, share: ShareSpec, *, timeout: float = 30) -> None:
+    """Unmount it, if it is mounted. Raises `GuestFailed` when the guest doesn't answer."""
+    await _run(paths, name, DROP, str(share.number), share.guest_path, timeout=timeout)
+
+
+async def mount(paths: VmPaths, name: str, share: ShareSpec) -> None:
+    """Mount it; its port has a server behind it. Raises `Unsupported`, `GuestFailed`."""
+    code, said = await _run(paths, name, MOUNT, str(share.number), share.guest_path, _options(share), timeout=30)
+    if code == NO_SSHFS:
+        raise Unsupported(
+            f"{name}: it can't mount {share.guest_path}",
+            "sshfs isn't installed in it",
+            f"Install it: `atoll exec {name} -- apt-get install -y sshfs`; then `atoll restart {name}`.",
+        )
+    if code:
+        why = said or ("it has no such port" if code == NO_PORT else f"exit code {code}")
+        raise GuestFailed(f"{name}: it can't mount {share.guest_path}", why, f"See `atoll share ls {name}`.")
+
+
+async def _run(paths: VmPaths, name: str, script: str, *arguments: str, timeout: float) -> tuple[int, str]:
+    async with exchange(paths, name, timeout=timeout) as agent:
+        pid = await agent.start(SH, ["-c", script, "sh", *arguments], capture=True)
+    status = await collected(paths, name, pid)
+    return status.code, status.stderr.decode(errors="replace").strip()
