@@ -160,7 +160,7 @@ def _nic(nic: "NicSpec", networks: dict[str, str]) -> str:
 def _share(share: "ShareInfo") -> str:
     access = " (read-only)" if share.read_only else ""
     state = f": {share.state}" if share.state != "shared" else ""
-    return f"{share.host_path or '-'} at {share.guest_path}{access}{state}"
+    return f"{share.host_path} at {share.guest_path}{access}{state}"
 
 
 def _way_on(info: VmInfo) -> str:

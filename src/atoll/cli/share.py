@@ -29,7 +29,7 @@ def _print(shares: Sequence[ShareInfo], format: Format) -> None:
     if format != "table":
         emit(shares, format)
         return
-    rows = [(s.host_path or "-", s.guest_path, "read-only" if s.read_only else "read-write", s.state) for s in shares]
+    rows = [(s.host_path, s.guest_path, "read-only" if s.read_only else "read-write", s.state) for s in shares]
     print_table(("HERE", "GUEST", "ACCESS", "STATE"), rows)
 
 

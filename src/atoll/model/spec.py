@@ -69,7 +69,7 @@ class ShareSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     number: int
     """Of its port; kept for as long as it is shared, since saved memory knows the port."""
     host_path: str
-    """Without symbolic links; empty for one that came with a bundle from another computer."""
+    """Without symbolic links; empty for a mere port, that only the guest's memory knows: until the next boot."""
     guest_path: str
     read_only: bool = False
 

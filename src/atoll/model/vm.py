@@ -85,9 +85,8 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return f"{i[:8]}-{i[8:12]}-{i[12:16]}-{i[16:20]}-{i[20:]}"
 
 
-ShareState = Literal["shared", "stopped", "not-mounted", "ended", "nowhere"]
-"""`stopped` with the VM; `not-mounted` until the guest has it; `ended` when what serves it has ended; `nowhere` for one
-that came from another computer."""
+ShareState = Literal["shared", "stopped", "not-mounted", "ended"]
+"""`stopped` with the VM; `not-mounted` until the guest has it; `ended` when what serves it has ended."""
 
 
 class ShareInfo(Struct, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ from atoll.model.launch import Firmware
 from atoll.model.requests import CreateRequest
 from atoll.model.spec import SeedSpec, VmSpec
 from atoll.model.vm import Vm
-from atoll.operations import heads, networks, resolve, resolve_nics, shares
+from atoll.operations import heads, networks, resolve, resolve_nics
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.guest_settle import leave_word
 from atoll.operations.services import Report, Services
@@ -77,7 +77,10 @@ async def _resolved(request: CreateRequest, services: Services) -> NewVm:
     spec = resolve.resolve(request, image=image, cdroms=cdroms, caps=caps, host_cpus=os.cpu_count() or 1, seed=seed)
     if request.nics:
         spec = resolve_nics.with_nics(spec, request, services.records.networks())
-    spec = shares.with_shares(spec, request)
+    if request.shares:
+        from atoll.operations.shares import with_shares
+
+        spec = with_shares(spec, request)
     spec = resolve.with_disk_images(
         spec, request, {d.image: find_image(d.image, everything) for d in request.disks if d.image}
     )

@@ -1,5 +1,7 @@
 """Folders of the computer, mounted in a Linux guest: sshfs on a port that the SFTP server is behind."""
 
+from collections.abc import Iterable
+
 from atoll.errors import GuestFailed, Unsupported
 from atoll.layout import VmPaths
 from atoll.model.spec import ShareSpec
@@ -7,23 +9,38 @@ from atoll.operations.guest_agent import exchange
 from atoll.operations.guest_capture import collected
 from atoll.operations.guest_scripts import PORT
 from atoll.operations.guest_slot import SH
+from atoll.qemu.guest import ExecStatus
 
 NO_SSHFS, NO_PORT, FAILED = 96, 97, 98
 
 DROP = r"""
-run=/run/atoll.share.$1
-if grep -q "^atoll\.$1 " /proc/mounts; then
+kept() { case " $keep " in *" $1 "*) return 0 ;; esac; return 1; }
+keep=$*
+while read -r source folder rest; do
+    case $source in atoll.[0-9]*) ;; *) continue ;; esac
+    kept "${source#atoll.}" && continue
+    # The kernel writes blanks in octal.
+    folder=$(printf '%b' "$folder")
+    umount "$folder" && continue
     sync
-    umount "$2" || umount -l "$2"
-fi 2>/dev/null
-[ -f "$run" ] && read -r pid <"$run" && kill -9 "$pid"
-i=0
-while [ -n "$pid" ] && kill -0 "$pid" && [ $((i += 1)) -lt 50 ]; do sleep 0.02; done 2>/dev/null
-rm -f "$run"
+    umount -l "$folder" && printf '%s\n' "$folder"
+done </proc/mounts 2>/dev/null
+for run in /run/atoll.share.[0-9]*; do
+    case $run in *.log) continue ;; esac
+    [ -f "$run" ] && ! kept "${run##*.}" || continue
+    read -r pid <"$run"
+    i=0
+    while read -r name <"/proc/$pid/comm" && [ "$name" = sshfs ]; do
+        # One that is busy is left a moment for what it has still to say.
+        [ $((i += 1)) -lt 40 ] || kill -9 "$pid"
+        sleep 0.02
+    done
+    rm -f "$run"
+done 2>/dev/null
 exit 0
 """
-"""Unmounts share `$1` from the folder `$2`, and sees that nobody has its port open. Who has files open there gets
-errors from then on.
+"""Unmounts all shares but those with the numbers `$@`, and sees that nobody has their ports open. Tells the folders
+that were busy: who has files open there gets errors from then on.
 """
 
 MOUNT = (
@@ -61,18 +78,21 @@ _CACHED = 1
 def _options(share: ShareSpec) -> str:
     # Everything belongs to the server's user, who is shown as root; that decides what may be done, not the guest.
     wanted = [f"fsname=atoll.{share.number}", "passive", "allow_other", "idmap=user"]
-    wanted += [f"dcache_timeout={_CACHED}", f"attr_timeout={_CACHED}", f"entry_timeout={_CACHED}"]
+    wanted += ["dir_cache=no", f"attr_timeout={_CACHED}", f"entry_timeout={_CACHED}"]
     return ",".join([*wanted, "ro"] if share.read_only else wanted)
 
 
-async def drop(paths: VmPaths, name: str, share: ShareSpec, *, timeout: float = 30) -> None:
-    """Unmount it, if it is mounted. Raises `GuestFailed` when the guest doesn't answer."""
-    await _run(paths, name, DROP, str(share.number), share.guest_path, timeout=timeout)
+async def drop(paths: VmPaths, name: str, *, keep: Iterable[ShareSpec], timeout: float = 30) -> list[str]:
+    """Unmount all but these; returns the folders that were busy. Raises `GuestFailed` when the guest doesn't answer."""
+    status = await _run(paths, name, DROP, *(str(share.number) for share in keep), timeout=timeout)
+    return status.stdout.decode(errors="replace").splitlines()
 
 
 async def mount(paths: VmPaths, name: str, share: ShareSpec) -> None:
     """Mount it; its port has a server behind it. Raises `Unsupported`, `GuestFailed`."""
-    code, said = await _run(paths, name, MOUNT, str(share.number), share.guest_path, _options(share), timeout=30)
+    arguments = (str(share.number), share.guest_path, _options(share))
+    status = await _run(paths, name, MOUNT, *arguments, timeout=30)
+    code, said = status.code, status.stderr.decode(errors="replace").strip()
     if code == NO_SSHFS:
         raise Unsupported(
             f"{name}: it can't mount {share.guest_path}",
@@ -84,8 +104,7 @@ async def mount(paths: VmPaths, name: str, share: ShareSpec) -> None:
         raise GuestFailed(f"{name}: it can't mount {share.guest_path}", why, f"See `atoll share ls {name}`.")
 
 
-async def _run(paths: VmPaths, name: str, script: str, *arguments: str, timeout: float) -> tuple[int, str]:
+async def _run(paths: VmPaths, name: str, script: str, *arguments: str, timeout: float) -> ExecStatus:
     async with exchange(paths, name, timeout=timeout) as agent:
         pid = await agent.start(SH, ["-c", script, "sh", *arguments], capture=True)
-    status = await collected(paths, name, pid)
-    return status.code, status.stderr.decode(errors="replace").strip()
+    return await collected(paths, name, pid)

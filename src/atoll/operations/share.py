@@ -10,6 +10,7 @@ and what its memory knows of a server is never said to another one.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -59,24 +60,24 @@ async def add(vm: Vm, request: ShareRequest, *, services: Services) -> ShareSpec
 
 async def remove(vm: Vm, guest_path: str, *, services: Services) -> Change:
     """Take a share away; programs that have files open there get errors. Raises `NotFound`, `GuestFailed`."""
-    share = next((each for each in shares.all_shares(vm) if each.guest_path == guest_path.rstrip("/")), None)
+    there = [each for each in shares.all_shares(vm) if each.host_path]
+    share = next((each for each in there if each.guest_path == guest_path.rstrip("/")), None)
     if share is None:
-        has = ", ".join(each.guest_path for each in shares.all_shares(vm)) or "none"
+        has = ", ".join(each.guest_path for each in there) or "none"
         raise NotFound(f"{vm.name} shares nothing at '{guest_path}'", f"its shares: {has}")
     change = ShareChange(vm_id=vm.id, share=share)
-    await perform(REMOVE, change, services=services, subject=vm.id, subject_name=vm.name)
-    return Change(name=share.guest_path, value="removed", when="now")
+    context = await perform(REMOVE, change, services=services, subject=vm.id, subject_name=vm.name)
+    busy = "programs had files open there, and get errors now" if context.notes.get("busy") else ""
+    return Change(name=share.guest_path, value="removed", when="now", why=busy)
 
 
-async def mount_all(services: Services, vm: Vm) -> None:
-    """Mount what a running machine shares and hasn't mounted; waits until its agent answers.
+async def mount_all(services: Services, vm: Vm, *, others: bool = False) -> None:
+    """Mount what a running machine shares and hasn't mounted; waits until its agent answers. With `others` its memory
+    may have further ones, which are unmounted.
 
     Each is tried; then the first error is raised. The machine runs on.
     """
-    paths = services.layout.vm(vm.id)
-    if not any(each.host_path and not shares.is_mounted(paths, each) for each in vm.spec.shares):
-        return
-    if observe.phase_of(services, vm) is not Phase.RUNNING:
+    if not (others or _missing(services, vm)) or observe.phase_of(services, vm) is not Phase.RUNNING:
         return
     from atoll.operations.ready import wait
 
@@ -84,9 +85,12 @@ async def mount_all(services: Services, vm: Vm) -> None:
     failures: list[AtollError] = []
     async with services.lease(vm.id, what=vm.name):
         vm = services.vm(vm.id)
-        for share in vm.spec.shares:
-            if not share.host_path or shares.is_mounted(paths, share):
-                continue
+        missing = _missing(services, vm)
+        for share in missing:
+            await _end_server(services, vm, share)
+        kept = [share for share in vm.spec.shares if share.host_path and share not in missing]
+        await guest_mount.drop(services.layout.vm(vm.id), vm.name, keep=kept)
+        for share in missing:
             try:
                 await _mount(services, vm, share)
             except AtollError as error:
@@ -94,6 +98,11 @@ async def mount_all(services: Services, vm: Vm) -> None:
                 services.records.add_event("vm.share-failed", vm_id=vm.id, name=vm.name, data={"error": error.text})
     if failures:
         raise failures[0]
+
+
+def _missing(services: Services, vm: Vm) -> list[ShareSpec]:
+    paths = services.layout.vm(vm.id)
+    return [each for each in vm.spec.shares if each.host_path and not shares.is_mounted(paths, each)]
 
 
 async def mount_each(services: Services, vms: Sequence[Vm]) -> None:
@@ -104,12 +113,10 @@ async def mount_each(services: Services, vms: Sequence[Vm]) -> None:
 async def _mount(services: Services, vm: Vm, share: ShareSpec) -> None:
     """A new server behind the port, and the guest on it."""
     paths = services.layout.vm(vm.id)
-    await _end_server(services, vm, share)
-    await guest_mount.drop(paths, vm.name, share)
     files.make_folder(paths.logs)
     served = folder_server.serve(Folder(path=share.host_path, read_only=share.read_only), log=paths.share_log)
     with served.link:
-        server = shares.Server(process=served.process)
+        server = shares.Server(process=served.process, at=time.time())
         files.write_atomically(paths.share(share.number), msgspec.json.encode(server))
         async with control(services, vm) as monitor:
             await _connect(monitor, share, served.link.fileno())
@@ -132,16 +139,28 @@ async def _end_server(services: Services, vm: Vm, share: ShareSpec) -> None:
     paths.share(share.number).unlink(missing_ok=True)
 
 
+async def plug_missing(services: Services, vm: Vm, *, there: Sequence[ShareSpec], wanted: Sequence[ShareSpec]) -> None:
+    """Give a machine whose memory was just loaded the ports that it lacks. Those that it has too many stay until it
+    boots: QEMU crashes when a port of that memory goes before the guest has run.
+    """
+    numbers = {share.number for share in there}
+    missing = [share for share in wanted if share.number not in numbers]
+    if missing:
+        async with control(services, vm) as monitor:
+            for share in missing:
+                await _plug_into(monitor, share)
+
+
 def _runs(context: Context[ShareChange]) -> bool:
     return observe.phase_of(context.services, context.vm) in (Phase.RUNNING, Phase.PAUSED)
 
 
-def _put(context: Context[ShareChange], *, there: bool) -> None:
-    vm, share = context.vm, context.request.share
+def _put(context: Context[ShareChange], *share: ShareSpec) -> None:
+    """Record it as it is now, or that there is none."""
+    vm, number = context.vm, context.request.share.number
 
     def changed(spec: VmSpec) -> VmSpec:
-        others = tuple(each for each in spec.shares if each.number != share.number)
-        return replace(spec, shares=(*others, share) if there else others)
+        return replace(spec, shares=(*(each for each in spec.shares if each.number != number), *share))
 
     pending = None if vm.pending is None else changed(vm.pending)
     context.services.records.put_vm(replace(vm, spec=changed(vm.spec), pending=pending))
@@ -152,7 +171,7 @@ async def _check(context: Context[ShareChange]) -> None:
     vm, share = context.vm, context.request.share
     require(vm.name, observe.phase_of(context.services, vm), "disk")
     for each in shares.all_shares(vm):
-        if share.number == each.number or share.guest_path == each.guest_path:
+        if share.number == each.number or (each.host_path and share.guest_path == each.guest_path):
             raise NotFound(f"{vm.name}: another command has just shared a folder", next_step="Try again.")
 
 
@@ -162,8 +181,7 @@ async def _plug(context: Context[ShareChange]) -> None:
         return
     async with control(context.services, context.vm) as monitor:
         await _unplug_from(monitor, share)
-        await monitor.execute("chardev-add", {"id": devices.share_name(share), "backend": {"type": "null", "data": {}}})
-        await monitor.execute("device_add", devices.share_port(share))
+        await _plug_into(monitor, share)
 
 
 async def _unplug(context: Context[ShareChange]) -> None:
@@ -171,6 +189,11 @@ async def _unplug(context: Context[ShareChange]) -> None:
     if _runs(context):
         async with control(context.services, context.vm) as monitor:
             await _unplug_from(monitor, context.request.share)
+
+
+async def _plug_into(monitor: Monitor, share: ShareSpec) -> None:
+    await monitor.execute("chardev-add", {"id": devices.share_name(share), "backend": {"type": "null", "data": {}}})
+    await monitor.execute("device_add", devices.share_port(share))
 
 
 async def _unplug_from(monitor: Monitor, share: ShareSpec) -> None:
@@ -181,7 +204,7 @@ async def _unplug_from(monitor: Monitor, share: ShareSpec) -> None:
 
 
 async def _record(context: Context[ShareChange]) -> None:
-    _put(context, there=True)
+    _put(context, context.request.share)
     vm, share = context.vm, context.request.share
     data = {"here": share.host_path, "guest": share.guest_path}
     context.services.records.add_event("vm.share-added", vm_id=vm.id, name=vm.name, data=data)
@@ -192,9 +215,14 @@ async def _unmount(context: Context[ShareChange]) -> None:
     require(vm.name, observe.phase_of(context.services, vm), "disk")
     if observe.phase_of(context.services, vm) is Phase.RUNNING:
         # A guest that doesn't answer keeps a dead folder; it isn't asked whether it may be taken away.
+        kept = [each for each in vm.spec.shares if each != share]
         with contextlib.suppress(GuestFailed):
-            await guest_mount.drop(context.services.layout.vm(vm.id), vm.name, share, timeout=5)
+            busy = await guest_mount.drop(context.services.layout.vm(vm.id), vm.name, keep=kept, timeout=5)
+            context.notes["busy"] = share.guest_path in busy
     await _end_server(context.services, vm, share)
+    if observe.phase_of(context.services, vm) is Phase.PAUSED:
+        context.notes["port stays"] = True
+        return
     await _unplug(context)
 
 
@@ -205,8 +233,8 @@ async def _mount_again(context: Context[ShareChange]) -> None:
 
 
 async def _record_removed(context: Context[ShareChange]) -> None:
-    _put(context, there=False)
     vm, share = context.vm, context.request.share
+    _put(context, *([replace(share, host_path="")] if context.notes.get("port stays") else []))
     data = {"guest": share.guest_path}
     context.services.records.add_event("vm.share-removed", vm_id=vm.id, name=vm.name, data=data)
 

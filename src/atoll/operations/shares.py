@@ -15,6 +15,7 @@ from atoll.model.requests import CreateRequest, ShareRequest
 from atoll.model.spec import ShareSpec, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import ShareInfo, ShareState, Vm
+from atoll.operations import observe
 from atoll.qemu import devices
 
 MOST = devices.MOST_PORTS - len(devices.channel_names())
@@ -25,6 +26,8 @@ class Server(Struct, frozen=True, kw_only=True):
     """What serves a folder, as a file in the VM's run folder remembers it."""
 
     process: facts.ProcessIdentity
+    at: float
+    """When it was started."""
     mounted: bool = False
 
 
@@ -55,7 +58,7 @@ def share(request: ShareRequest, there: Sequence[ShareSpec]) -> ShareSpec:
             raise InvalidInput(f"{path!r} can't be shared", "its name has control characters", "Rename it.")
     folder_server.check_folder(host)
     guest = _guest_path(request.guest_path)
-    if any(each.guest_path == guest for each in there):
+    if any(each.guest_path == guest for each in there if each.host_path):
         raise AlreadyExists(f"a folder is shared at {guest} already", next_step="Take it away, or choose another path.")
     free = set(range(MOST)) - {each.number for each in there}
     if not free:
@@ -80,6 +83,18 @@ def all_shares(vm: Vm) -> tuple[ShareSpec, ...]:
     return (*vm.spec.shares, *(each for each in later if each not in vm.spec.shares))
 
 
+def at_boot(spec: VmSpec) -> VmSpec:
+    """Without the ports that only memory knows."""
+    return replace(spec, shares=tuple(each for each in spec.shares if each.host_path))
+
+
+def with_known_ports(wanted: Sequence[ShareSpec], known: Sequence[ShareSpec]) -> tuple[ShareSpec, ...]:
+    """What is to be shared, and mere ports for what memory knows besides."""
+    shared = [each for each in wanted if each.host_path]
+    numbers = {each.number for each in shared}
+    return (*shared, *(replace(each, host_path="") for each in known if each.number not in numbers))
+
+
 def server_of(paths: VmPaths, each: ShareSpec) -> Server | None:
     """The last one; it may have ended."""
     try:
@@ -90,7 +105,13 @@ def server_of(paths: VmPaths, each: ShareSpec) -> Server | None:
 
 def is_mounted(paths: VmPaths, each: ShareSpec) -> bool:
     server = server_of(paths, each)
-    return server is not None and server.mounted and facts.is_alive(server.process)
+    return server is not None and facts.is_alive(server.process) and _has_it(paths, server)
+
+
+def _has_it(paths: VmPaths, server: Server) -> bool:
+    """Whether the guest has mounted it, and hasn't rebooted by itself since."""
+    resets = [event["timestamp"]["seconds"] for event in observe.events_of_last_run(paths) if event["event"] == "RESET"]
+    return server.mounted and not any(at > server.at for at in resets)
 
 
 def infos(vm: Vm, phase: Phase, paths: VmPaths) -> tuple[ShareInfo, ...]:
@@ -103,12 +124,11 @@ def infos(vm: Vm, phase: Phase, paths: VmPaths) -> tuple[ShareInfo, ...]:
             state=_state(each, phase, paths),
         )
         for each in all_shares(vm)
+        if each.host_path
     )
 
 
 def _state(each: ShareSpec, phase: Phase, paths: VmPaths) -> ShareState:
-    if not each.host_path:
-        return "nowhere"
     if phase in (Phase.STOPPED, Phase.SUSPENDED):
         return "stopped"
     server = server_of(paths, each)
@@ -116,4 +136,4 @@ def _state(each: ShareSpec, phase: Phase, paths: VmPaths) -> ShareState:
         return "not-mounted"
     if not facts.is_alive(server.process):
         return "ended"
-    return "shared" if server.mounted else "not-mounted"
+    return "shared" if _has_it(paths, server) else "not-mounted"

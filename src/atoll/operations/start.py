@@ -73,7 +73,14 @@ async def _memory(services: Services, memory: Memory) -> Incoming:
 
 def _wanted(vm: Vm) -> VmSpec:
     """A suspended machine goes on as it was; what was set meanwhile waits for a real start."""
-    return vm.spec if vm.suspended is not None else vm.pending or vm.spec
+    spec = vm.pending or vm.spec
+    if vm.suspended is not None:
+        return vm.spec
+    if not spec.shares:
+        return spec
+    from atoll.operations.shares import at_boot
+
+    return at_boot(spec)
 
 
 async def _kill(context: Context[StartRequest]) -> None:

@@ -144,7 +144,17 @@ class LocalVm:
     ) -> str:
         from atoll.operations.ready import wait
 
-        return await wait(self._record(), condition, services=self._services, text=text, timeout=timeout)
+        said = await wait(self._record(), condition, services=self._services, text=text, timeout=timeout)
+        if said == "ready":
+            await self._mount_again()
+        return said
+
+    async def _mount_again(self) -> None:
+        """A guest that has rebooted by itself lacks its shared folders until somebody turns to it."""
+        if self._record().spec.shares:
+            from atoll.operations.share import mount_each
+
+            await mount_each(self._services, [self._record()])
 
     async def exec(
         self,
@@ -160,6 +170,7 @@ class LocalVm:
         if not request.argv:
             raise InvalidInput("there is no command to run", next_step="Write it after `--`.")
         vm = self._with_agent()
+        await self._mount_again()
         paths = self._services.layout.vm(vm.id)
         return await execute(paths, vm.name, request, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr)
 
