@@ -72,10 +72,14 @@ class VmPaths:
 
     def network_link(self, nic: str) -> Path:
         """Where the helper of a user-mode network waits for its one connection."""
-        return self.run / f"{nic}.link"
+        return self.network_folder(nic) / "link"
 
     def network_control(self, nic: str) -> Path:
         """Where that helper publishes ports."""
+        return self.network_folder(nic) / "control"
+
+    def network_folder(self, nic: str) -> Path:
+        """Where that helper works; nobody else does."""
         return self.run / f"{nic}.net"
 
     def share(self, number: int) -> Path:
@@ -119,22 +123,27 @@ class NetworkPaths:
         return self.run / "rules.nft"
 
     @property
+    def names(self) -> Path:
+        """What dnsmasq reads, and nothing else: it sees this folder."""
+        return self.run / "names"
+
+    @property
     def dns(self) -> Path:
-        return self.run / "dns.conf"
+        return self.names / "dns.conf"
 
     @property
     def dhcp(self) -> Path:
-        return self.run / "dhcp.conf"
+        return self.names / "dhcp.conf"
 
     @property
     def hosts(self) -> Path:
         """Names and addresses, for dnsmasq's DNS."""
-        return self.run / "hosts"
+        return self.names / "hosts"
 
     @property
     def leases(self) -> Path:
         """Cards and addresses, for dnsmasq's DHCP."""
-        return self.run / "leases"
+        return self.names / "leases"
 
     @property
     def impairments(self) -> Path:
@@ -142,9 +151,14 @@ class NetworkPaths:
         return self.run / "impairments.json"
 
     @property
+    def policy(self) -> Path:
+        """What the rules that hold were made from."""
+        return self.run / "policy.json"
+
+    @property
     def uplink(self) -> Path:
-        """The socket that takes published ports."""
-        return self.run / "uplink.sock"
+        """The socket that takes published ports, in a folder of the uplink's own."""
+        return self.run / "uplink" / "control"
 
     @property
     def log(self) -> Path:

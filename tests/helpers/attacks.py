@@ -80,6 +80,11 @@ def write_to_host(targets: Targets) -> None:
     os.unlink(path)
 
 
+def make_file(targets: Targets) -> None:
+    os.close(os.open("written", os.O_WRONLY | os.O_CREAT, 0o600))
+    os.unlink("written")
+
+
 def traced(targets: Targets) -> None:
     if libc.ptrace(16, targets["victim"], 0, 0) < 0:
         raise OSError(ctypes.get_errno(), "ptrace")
@@ -179,6 +184,7 @@ ATTACKS: dict[str, Callable[[Targets], Any]] = {
     "read another process's environment": lambda t: read(f"/proc/{t['victim']}/environ"),
     "list processes": list_processes,
     "write to the host": write_to_host,
+    "make a file where it works": make_file,
     "TCP to the host's loopback": lambda t: connect(AF_INET, STREAM, internet("127.0.0.1", t["tcp"])),
     "UDP to the host's loopback": lambda t: connect(AF_INET, DATAGRAM, internet("127.0.0.1", t["udp"])),
     "TCP to the host's network": lambda t: connect(AF_INET, STREAM, internet(t["address"], t["tcp_any"])),

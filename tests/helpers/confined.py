@@ -6,6 +6,7 @@ A process of its own, so that it can be another user's.
 import fcntl
 import os
 import resource
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,9 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from atoll.host import cgroups, kernel, sandbox
+from atoll.host import cgroups, helper_jail, kernel, sandbox
 from atoll.host.jail import Jail
 from atoll.host.spawn import Program, spawn
-from atoll.model.isolation import Isolation
 from tests.helpers import attacks
 
 PYTHON = os.path.realpath("/usr/bin/python3")
@@ -33,12 +33,15 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[str, ...] = LAYERS
     namespaces: bool = True
     """False: on a host that refuses user namespaces to its users."""
+    helper: str = ""
+    """A folder: as a network's helper that works in it, not as a QEMU."""
     targets: dict[str, Any]
     filters: tuple[str, ...]
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    isolation: Isolation
+    missing: tuple[str, ...]
+    """The barriers that this host hasn't got."""
     blocked: dict[str, str]
     """Each attack, and what came of it."""
 
@@ -50,8 +53,7 @@ def run(trial: Trial) -> Outcome:
         id=trial.vm_id, level="standard", memory=trial.memory + (576 << 20), threads=258, cpus=3,
         guest_data=max(trial.memory, trial.disk_size), writes_tracked=True,
     )  # fmt: skip
-    jail, isolation = sandbox.prepare(PYTHON, wanted)
-    assert jail is not None
+    jail, missing = _jail(trial, wanted)
     # The stand-in is a Python program; all else is as it is for QEMU.
     library = f"/usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"
     jail = replace(_only(jail, trial.layers), programs=(*jail.programs, library))
@@ -59,7 +61,16 @@ def run(trial: Trial) -> Outcome:
         blocked = {name: _attack(name, jail, trial, wanted) for name in attacks.ATTACKS}
     finally:
         cgroups.remove(trial.vm_id)
-    return Outcome(isolation=isolation, blocked=blocked)
+    return Outcome(missing=missing, blocked=blocked)
+
+
+def _jail(trial: Trial, wanted: sandbox.Wanted) -> tuple[Jail, tuple[str, ...]]:
+    if trial.helper:
+        shut_in = helper_jail.for_user_network(PYTHON, folder=Path(trial.helper), files=("/etc/resolv.conf",))
+        return shut_in.jail, (shut_in.weaker,) if shut_in.weaker else ()
+    jail, isolation = sandbox.prepare(PYTHON, wanted)
+    assert jail is not None
+    return jail, tuple(barrier.name for barrier in isolation.missing)
 
 
 def _only(jail: Jail, layers: tuple[str, ...]) -> Jail:
@@ -86,19 +97,22 @@ def _attack(name: str, jail: Jail, trial: Trial, wanted: sandbox.Wanted) -> str:
         os.dup2(number, target)
     targets = trial.targets | {
         "attack": name, "disk_descriptor": 5, "memory": trial.memory, "threads": wanted.threads,
-        "largest_file": sandbox.largest_file(wanted.guest_data),
+        "largest_file": helper_jail.LARGEST_LOG if trial.helper else sandbox.largest_file(wanted.guest_data),
         "filters": trial.filters if "system calls" in trial.layers else (),
     }  # fmt: skip
     os.write(telling, msgspec.json.encode(targets))
     argv = (PYTHON, "-I", "-S", "-c", Path(attacks.__file__).read_text())
-    program = Program(argv=argv, descriptors=(3, 4, 5), output=2)
-    spawn(program, jail)
+    program = Program(argv=argv, descriptors=(3, 4, 5), output=2, folder=trial.helper or "/")
+    process = os.pidfd_open(spawn(program, jail))
     for number in (3, 4, 5):
         os.dup2(2, number)
     for number in (told, telling, saying, disk, *high):
         os.close(number)
     said = os.read(hearing, 1000).decode()
     os.close(hearing)
+    # Until all its threads are gone: the next one has the same user, and that user's limits.
+    select.select([process], [], [], 10)
+    os.close(process)
     return said.strip() or "killed"
 
 

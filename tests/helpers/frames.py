@@ -85,3 +85,21 @@ def tcp_flags(frame: bytes) -> int:
     if len(frame) < 54 or frame[12:14] != struct.pack(">H", IPV4) or frame[23] != TCP:
         return 0
     return frame[14 + (frame[14] & 15) * 4 + 13]
+
+
+def between(source: str, destination: str, kind: int, payload: bytes) -> bytes:
+    """From one hardware address to another, as text."""
+    macs = bytes.fromhex(destination.replace(":", "")) + bytes.fromhex(source.replace(":", ""))
+    return macs + struct.pack(">H", kind) + payload
+
+
+def router_advert(mac: str, link_local: str, *, prefix: str) -> bytes:
+    """To all nodes: be my client, and make an address of this prefix."""
+    option = struct.pack(">BBBBIII", 3, 4, 64, 0xC0, 86400, 86400, 0) + socket.inet_pton(socket.AF_INET6, prefix)
+    body = struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0) + option
+    everybody = "ff02::1"
+    addresses = b"".join(socket.inet_pton(socket.AF_INET6, each) for each in (link_local, everybody))
+    total = checksum(addresses + struct.pack(">II", len(body), 58) + body)
+    body = body[:2] + struct.pack(">H", total) + body[4:]
+    header = struct.pack(">IHBB", 6 << 28, len(body), 58, 255) + addresses
+    return between(mac, "33:33:00:00:00:01", IPV6, header + body)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from atoll.host import folder_server, kernel
-from atoll.host.jail import Folder
+from atoll.host.jail import ServedFolder
 
 INIT, OPEN, READ, SETSTAT, MKDIR, REALPATH, STAT, RENAME, SYMLINK, EXTENDED = 1, 3, 5, 9, 14, 16, 17, 18, 20, 200
 STATUS, HANDLE, DATA, NAME = 101, 102, 103, 104
@@ -111,7 +111,7 @@ def main(folder: str, access: str, namespaces: bool) -> None:
     if not namespaces:
         folder_server.usable_namespaces = lambda: kernel.Feature(usable=False, why="refused to this user")
     with tempfile.TemporaryDirectory() as logs:
-        served = folder_server.serve(Folder(path=folder, read_only=access == "ro"), log=Path(logs, "log"))
+        served = folder_server.serve(ServedFolder(path=folder, read_only=access == "ro"), log=Path(logs, "log"))
         with served.link:
             status = Path(f"/proc/{served.process.pid}/status").read_text()
             fields = dict(line.split(":\t", 1) for line in status.splitlines())

@@ -26,6 +26,8 @@ PAIRS = [
     (api.AsyncOperations, blocking.Operations),
     (api.AsyncPools, blocking.Pools),
     (api.AsyncBackups, blocking.Backups),
+    (api.AsyncNetworks, blocking.Networks),
+    (api.AsyncGroups, blocking.Groups),
     (api.Terminal, blocking.BlockingTerminal),
 ]
 

@@ -37,27 +37,33 @@ CARDS = [
     Attached(vm_id="a", vm="db", nic="net0", mac="52:54:00:00:00:01", address="10.213.0.2"),
     Attached(vm_id="b", vm="web", nic="net1", mac="52:54:00:00:00:02", address="10.213.0.3"),
 ]
+LAB6 = replace(LAB, id="3" * 32, name="lab6", subnet6="fd5a:1:2:3::/64")
+CARDS6 = [replace(card, address6=subnets.address6("fd5a:1:2:3::/64", card.mac)) for card in CARDS]
 PORTS = [Port(tap=f"t{number}", mac=card.mac, address=card.address) for number, card in enumerate(CARDS)]
 
 IMPAIRED = Impairment(mac=CARDS[0].mac, loss=2.5, rate=1250000, cut_from=(CARDS[1].mac, "52:54:00:00:00:99"))
 
 
+PORTS6 = [replace(port, address6=card.address6) for port, card in zip(PORTS, CARDS6, strict=True)]
+
+
 def told(network: Network) -> dict[str, str]:
+    cards, ports = (CARDS6, PORTS6) if network.subnet6 else (CARDS, PORTS)
     upstream = "198.19.255.3" if network.mode == "nat" else None
     return {
         "links": network_text.links(network),
         "rules": network_text.rules(network),
-        "guards": network_text.guards(PORTS),
-        "impaired": network_text.guards(PORTS, [IMPAIRED]),
-        "joined": network_text.joined(PORTS[0]),
+        "guards": network_text.guards(ports),
+        "impaired": network_text.guards(ports, [IMPAIRED], {CARDS[1].mac: 8000}),
+        "joined": network_text.joined(ports[0]),
         "dns": network_text.dns(network, hosts="/run/hosts", upstream=upstream),
         "dhcp": network_text.dhcp(network, leases="/run/leases"),
-        "hosts": network_text.hosts(network, CARDS),
+        "hosts": network_text.hosts(network, cards),
         "leases": network_text.leases(CARDS),
     }
 
 
-@pytest.mark.parametrize("network", [LAB, WAN], ids=lambda network: str(network.name))
+@pytest.mark.parametrize("network", [LAB, LAB6, WAN], ids=lambda network: str(network.name))
 def test_what_programs_are_told(network: Network) -> None:
     text = "".join(f"== {name}\n{content}" for name, content in told(network).items())
     golden = GOLDEN / f"network-{network.name}.txt"
@@ -67,8 +73,9 @@ def test_what_programs_are_told(network: Network) -> None:
 
 
 def test_ports_are_read_back() -> None:
-    shown = b'[{"ifname":"t0","ifalias":"52:54:00:00:00:01/10.213.0.2"},{"ifname":"x"}]'
-    assert network_text.ports_of(shown) == PORTS[:1]
+    shown = b'[{"ifname":"t0","ifalias":"52:54:00:00:00:01/10.213.0.2"},{"ifname":"x"},'
+    shown += b'{"ifname":"t1","ifalias":"52:54:00:00:00:02/10.213.0.3/fd5a:1:2:3:5054:ff:fe00:2"}]'
+    assert network_text.ports_of(shown) == [PORTS[0], PORTS6[1]]
     assert network_text.ports_of(b"") == []
 
 
@@ -85,6 +92,14 @@ def test_subnets_and_addresses() -> None:
     with pytest.raises(AlreadyExists, match="is full"):
         subnets.free_address(LAB, {f"10.213.0.{number}" for number in range(255)})
     assert subnets.check_address(LAB, "10.213.0.254") == "10.213.0.254"
+
+
+def test_ipv6_addresses() -> None:
+    made = {subnets.new_subnet6() for _ in range(20)}
+    assert len(made) == 20 and all(each.startswith("fd") and each.endswith("::/64") for each in made)
+    assert subnets.gateway6_of("fd5a:1:2:3::/64") == "fd5a:1:2:3::1"
+    assert subnets.address6("fd5a:1:2:3::/64", "52:54:00:12:34:56") == "fd5a:1:2:3:5054:ff:fe12:3456"
+    assert subnets.address6(subnets.LINK_LOCAL6, "52:54:00:12:34:56") == "fe80::5054:ff:fe12:3456"
 
 
 @pytest.mark.parametrize("address", ["10.213.0.0", "10.213.0.1", "10.213.0.255", "10.213.1.2", "web", "::1", ""])

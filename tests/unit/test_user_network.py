@@ -16,7 +16,7 @@ from tests.helpers import frames
 from tests.helpers.ports import free_port
 
 from atoll.errors import AlreadyExists, EngineFailed, MissingTool, Unsupported
-from atoll.host import facts, frame_filter, kernel, process, user_network
+from atoll.host import facts, frame_filter, helper_jail, kernel, process, user_network
 from atoll.host.user_network import Link, command, helper_of, open_link
 from atoll.model.launch import UserNetwork
 from atoll.model.spec import PortSpec
@@ -29,7 +29,7 @@ MOMENT = 0.3
 def network() -> Iterator[UserNetwork]:
     # Pytest's own folders are closed to the user that some of these tests become.
     with tempfile.TemporaryDirectory(prefix="atoll-test-") as folder:
-        yield UserNetwork(name="nic-net0", link=f"{folder}/net0.link", control=f"{folder}/net0.net")
+        yield UserNetwork(name="nic-net0", link=f"{folder}/net0.net/link", control=f"{folder}/net0.net/control")
 
 
 @contextlib.contextmanager
@@ -245,41 +245,43 @@ def test_who_holds_the_lifeline_keeps_it_alive(network: UserNetwork) -> None:
     assert gone(pid)
 
 
-def test_one_whose_starter_was_killed_before_it_had_connected_is_let_go(network: UserNetwork) -> None:
-    link = Path(network.link)
-    ends = (*os.pipe(), *os.pipe())
-    words = command(network, lifeline=ends[0], ready=ends[3], sandbox=True, root=os.geteuid() == 0)
-    waiting = subprocess.Popen(words, pass_fds=(ends[0], ends[3]), cwd=link.parent, stderr=subprocess.DEVNULL)
-    for end in ends:
-        os.close(end)
-    while not link.is_socket():
-        time.sleep(0.001)
-    time.sleep(0.05)
-    assert waiting.poll() is None
-    user_network.let_go(link)
-    waiting.wait(5)
-    assert not link.exists()
+def test_one_whose_starter_was_killed_before_it_had_connected_is_let_go(
+    network: UserNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: list[int] = []
+
+    def killed(helper: user_network._Helper, path: Path) -> socket.socket:
+        while not path.is_socket():
+            time.sleep(0.001)
+        waiting.append(helper.pid)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(user_network, "_connected", killed)
+        patch.setattr(user_network, "_end", lambda _: None)
+        with pytest.raises(KeyboardInterrupt):
+            open_link(network)
+    (pid,) = waiting
+    assert not gone(pid, seconds=MOMENT)
+    user_network.let_go(Path(network.link))
+    assert gone(pid)
+    assert not Path(network.link).exists()
 
 
 def test_a_long_path_is_no_hindrance(network: UserNetwork) -> None:
     folder = Path(network.link).parent / ("x" * 100) / ("y" * 100)
-    folder.mkdir(parents=True)
-    far = replace(network, link=str(folder / "net0.link"), control=str(folder / "net0.net"))
+    far = replace(network, link=str(folder / "link"), control=str(folder / "control"))
     with opened(far):
         assert user_network.published(Path(far.control)) == []
 
 
-def test_where_it_can_t_have_a_sandbox_it_runs_without_and_that_is_told(
+def test_where_it_can_t_have_a_root_of_its_own_it_runs_without_and_that_is_told(
     network: UserNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(network: UserNetwork, *, lifeline: int, ready: int, sandbox: bool, root: bool) -> list[str]:
-        if sandbox:
-            return ["sh", "-c", "echo unshare: Operation not permitted >&2; exit 1"]
-        return command(network, lifeline=lifeline, ready=ready, sandbox=False, root=root)
-
-    monkeypatch.setattr(user_network, "command", refused)
+    refused = kernel.Feature(usable=False, why="Operation not permitted")
+    monkeypatch.setattr(helper_jail, "usable_namespaces", lambda: refused)
     with opened(network) as link, server("127.0.0.1") as listening:
-        assert link.weaker == "the network of net0 has no file system of its own: unshare: Operation not permitted"
+        assert link.weaker == "the network of net0: it has no root of its own: Operation not permitted"
         assert not is_reached(listening, link, lambda port: frames.segment("127.0.0.1", port))
 
 
@@ -294,8 +296,8 @@ def test_one_that_can_t_be_guarded_isn_t_used(network: UserNetwork, monkeypatch:
 
 
 def test_one_that_ends_at_its_start_says_why(network: UserNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_network, "command", lambda *_, **__: ["sh", "-c", "echo no such library >&2; exit 127"])
-    with pytest.raises(EngineFailed, match="helper ended at its start: no such library"):
+    monkeypatch.setattr(user_network, "command", lambda *_, **__: (process.find("slirp4netns"), "--mtu=no such number"))
+    with pytest.raises(EngineFailed, match="helper ended at its start: MTU must be"):
         open_link(network)
 
 
@@ -306,23 +308,20 @@ def test_a_computer_without_it_is_told_what_to_install(network: UserNetwork, mon
 
 
 def test_its_command_line(network: UserNetwork) -> None:
-    as_root = "slirp4netns --target-type=bess --exit-fd=5 --ready-fd=6 --api-socket=net0.net --enable-seccomp"
-    as_root += " --enable-sandbox --enable-ipv6 net0.link"
-    assert command(network, lifeline=5, ready=6, sandbox=True, root=True) == as_root.split()
-    as_user = command(network, lifeline=5, ready=6, sandbox=True, root=False)
-    assert as_user == ["unshare", "--user", "--map-root-user", "--", *as_root.split()]
-    bare = command(network, lifeline=5, ready=6, sandbox=False, root=False)
-    assert bare == as_root.replace(" --enable-sandbox", "").split()
-    alone = command(replace(network, restrict=True), lifeline=5, ready=6, sandbox=True, root=True)
-    assert alone == as_root.replace("--enable-ipv6", "--outbound-addr=240.0.0.1 --disable-dns").split()
+    program, *words = command(network, lifeline=5, ready=6)
+    assert program.endswith("/slirp4netns")
+    ours = "--target-type=bess --exit-fd=5 --ready-fd=6 --api-socket=control --enable-seccomp --enable-ipv6 link"
+    assert words == ours.split()
+    _, *words = command(replace(network, restrict=True), lifeline=5, ready=6)
+    assert words == ours.replace("--enable-ipv6", "--outbound-addr=240.0.0.1 --disable-dns").split()
 
 
 def test_an_ordinary_user_s_is_as_tight(network: UserNetwork) -> None:
     if os.geteuid() != 0:
         pytest.skip("the tests above are of an ordinary user already")
-    folder, root = Path(network.link).parent, Path(__file__).parents[2]
+    folder, root = Path(network.link).parents[1], Path(__file__).parents[2]
     os.chown(folder, UNKNOWN_USER, UNKNOWN_USER)
-    tests = "a_guest_reaches or restricted or ports_are_published or lifeline or sandbox or datagrams"
+    tests = "a_guest_reaches or restricted or ports_are_published or lifeline or root_of_its_own or datagrams"
     words = ["setpriv", f"--reuid={UNKNOWN_USER}", f"--regid={UNKNOWN_USER}", "--clear-groups", sys.executable, "-m"]
     words += ["pytest", "-q", "-p", "no:cacheprovider", "-k", tests, f"--basetemp={folder}/tmp", __file__]
     finished = subprocess.run(

@@ -15,7 +15,8 @@ from tests.helpers.machines import Factory, Machine
 from tests.helpers.ports import free_port
 from tests.helpers.world import disagreements
 
-from atoll.model.requests import DiskRequest, SetRequest
+from atoll.host import namespace
+from atoll.model.requests import DiskRequest, NicSetRequest, SetRequest
 from atoll.model.spec import PortSpec
 from atoll.model.state import Phase
 from atoll.operations.engine import Context, Step, Verb
@@ -328,6 +329,47 @@ async def attached(stage: Stage) -> None:
     await (await stage.vm()).net_attach("lab")
 
 
+async def attached_without_groups(stage: Stage) -> None:
+    if not await has_network(stage) or not await is_attached(stage):
+        await attached(stage)
+    if not await has_group(stage):
+        await stage.factory.host.networks.groups.create("web", ["allow in tcp 80"])
+    if await is_ruled(stage):
+        await (await stage.vm()).net_set(NicSetRequest(groups=()))
+
+
+async def is_ruled(stage: Stage) -> bool:
+    """The record says so, and so do the filters in its network."""
+    (card,) = (await stage.factory.host.networks.show("lab")).attached
+    network = await stage.factory.host.networks.show("lab")
+    holder = namespace.holder_of(stage.factory.layout.network(network.network.id))
+    assert holder is not None
+    told = await namespace.run(holder.pid, "nft", "list", "ruleset")
+    assert (b"goto pass_in_" in told.stdout) is bool(card.groups)
+    return bool(card.groups)
+
+
+async def no_group(stage: Stage) -> None:
+    await stage.factory.image("tiny")
+    if await has_group(stage):
+        await stage.factory.host.networks.groups.rm("web")
+
+
+async def a_group(stage: Stage) -> None:
+    await stage.factory.image("tiny")
+    if not await has_group(stage):
+        await stage.factory.host.networks.groups.create("web")
+    await stage.factory.host.networks.groups.set("web", ["allow in tcp 80"])
+
+
+async def has_group(stage: Stage) -> bool:
+    return bool(await stage.factory.host.networks.groups.ls())
+
+
+async def has_other_rules(stage: Stage) -> bool:
+    return (await stage.factory.host.networks.groups.show("web")).rules == ("deny in any from any",)
+
+
 async def is_attached(stage: Stage) -> bool:
     """It is recorded; that the machine has it too is seen for each verb."""
     return any((await stage.factory.host.networks.show("lab")).attached)
@@ -379,6 +421,12 @@ CASES: dict[str, Case] = {
     "net rm": Case(network_that_is_up, "await host.networks.rm('lab')", lambda s: _not(has_network(s))),
     "net attach": Case(detached, "await (await host.get('v')).net_attach('lab')", is_attached),
     "net detach": Case(attached, "await (await host.get('v')).net_detach('lab')", lambda s: _not(is_attached(s))),
+    "net set": Case(
+        attached_without_groups, "await (await host.get('v')).net_set(NicSetRequest(groups=('web',)))", is_ruled
+    ),
+    "net group create": Case(no_group, "await host.networks.groups.create('web')", has_group),
+    "net group set": Case(a_group, "await host.networks.groups.set('web', ['deny in any'])", has_other_rules),
+    "net group rm": Case(a_group, "await host.networks.groups.rm('web')", lambda s: _not(has_group(s))),
     "image": Case(
         no_image, "await host.images.import_file(ImportRequest(path={blank!r}, name='blank', format='raw'))", has_image
     ),

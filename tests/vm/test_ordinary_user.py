@@ -1,67 +1,38 @@
 """An ordinary user, without root at any step: the same commands, in folders of that user's own."""
 
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.helpers import leftovers
+from tests.helpers.person import ATOLL, STRANGER, USER, Person, somebody
 from tests.helpers.ports import free_port
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
-USER, STRANGER = 54321, 54322
-"""Numbers that nobody has; a user needs no name for this."""
-ATOLL = "from atoll.cli.main import main; main()"
-
-
-class Person:
-    """Somebody with a home, who runs commands."""
-
-    def __init__(self, uid: int, home: Path) -> None:
-        self.uid = uid
-        self.home = home
-
-    def run(self, *argv: str | Path, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ATOLL_"))}
-        become = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
-        return subprocess.run(
-            [*become, *argv],
-            input=stdin,
-            env=kept | {"HOME": str(self.home)},
-            cwd=self.home,
-            capture_output=True,
-            timeout=300,
-            check=False,
-        )
-
-    def atoll(self, *words: str, stdin: bytes = b"") -> bytes:
-        finished = self.run(sys.executable, "-c", ATOLL, *words, stdin=stdin)
-        assert finished.returncode == 0, finished.stderr.decode(errors="replace")
-        return finished.stdout
+MANY_THREADS = "import threading; e = threading.Event(); [threading.Thread(target=e.wait).start() for _ in range(400)]"
+"""What a desktop has, and more than a VM may have."""
 
 
 @pytest.fixture
 def person() -> Iterator[Person]:
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
-    home = Path(tempfile.mkdtemp(prefix="atoll-test-"))
-    os.chown(home, USER, USER)
-    home.chmod(0o755)
-    someone = Person(USER, home)
-    if someone.run(sys.executable, "-c", "import atoll").returncode != 0:
-        shutil.rmtree(home)
-        pytest.skip("this checkout is in a folder that only root may enter")
-    try:
+    with somebody(USER) as someone:
         yield someone
+
+
+@contextlib.contextmanager
+def busy(person: Person) -> Iterator[None]:
+    """Somebody who has many other things running."""
+    others = subprocess.Popen([*person.become, sys.executable, "-c", MANY_THREADS])
+    try:
+        yield
     finally:
-        leftovers.end_processes_of(home)
-        shutil.rmtree(home, ignore_errors=True)
+        others.kill()
+        others.wait()
 
 
 def owners(pid: str) -> set[str]:
@@ -81,6 +52,14 @@ def networks_work(person: Person) -> None:
     person.atoll("exec", "mine", "--", "sh", "-c", found.decode())
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
         assert answer.read() == b"served\n"
+    person.atoll("net", "group", "create", "web", "--rule", "allow in tcp 80 from label:role=mine")
+    person.atoll("net", "set", "other", "--group", "web", "--limit", "10Mbit")
+    fetch = ["exec", "mine", "--", "sh", "-c", "printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 2 other 80"]
+    assert b"served" not in person.run(sys.executable, "-c", ATOLL, *fetch).stdout
+    person.atoll("set", "mine", "--label", "role=mine")
+    assert b"served" in person.atoll(*fetch)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+        assert answer.read() == b"served\n", "a published port leads in still"
     # Whoever waits for the dead may take its time, hence the states.
     look = ["pgrep", "-a", "-u", str(USER), "-r", "DRS", "-f", "atoll-network|dnsmasq|slirp4netns .* up0"]
     pids = person.run(*look).stdout.splitlines()
@@ -94,7 +73,8 @@ def networks_work(person: Person) -> None:
 def test_everything_works_without_root(person: Person) -> None:
     data = person.home / ".local/share/atoll"
     person.atoll("image", "build", "tiny", "--quiet")
-    person.atoll("run", "tiny", "--name", "mine", "--memory", "128MiB", "--quiet")
+    with busy(person):
+        person.atoll("run", "tiny", "--name", "mine", "--memory", "128MiB", "--quiet")
     try:
         assert person.atoll("exec", "mine", "--", "uname", "-s") == b"Linux\n"
         (person.home / "file").write_bytes(b"from the user")

@@ -94,3 +94,7 @@ def network_names() -> list[str]:
 
 def image_names() -> list[str]:
     return _names(lambda services: [name for image in services.records.images() for name in (image.name, *image.tags)])
+
+
+def group_names() -> list[str]:
+    return _names(lambda services: [group.name for group in services.records.groups()])

@@ -52,8 +52,9 @@ _OPTIONS = [
         help="A folder of this computer that the guest sees at GUEST. Repeatable.",
     ),
     click.option(
-        "--network", "networks", type=CARD, multiple=True, metavar="NETWORK[,address=…][,mac=…]",
-        help="A network that it is on; `user` is one of its own (the default), `none` none. Repeatable.",
+        "--network", "networks", type=CARD, multiple=True, metavar="NETWORK[,address=…][,mac=…][,group=…][,limit=…]",
+        help="A network that it is on; `user` is one of its own (the default), `none` none. Repeatable."
+        " Several security groups are written web+db.",
     ),
     click.option("--restrict-network", is_flag=True, help="No way out of the guest; published ports still work."),
     click.option("--mac", help="The address of its network card."),

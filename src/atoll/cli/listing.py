@@ -8,7 +8,7 @@ from atoll.cli.failures import Format, note
 from atoll.cli.options import VM, parse_pairs
 from atoll.cli.output import age, emit, format_option, moment, print_description, print_table
 from atoll.model.state import Phase
-from atoll.model.units import format_size
+from atoll.model.units import format_rate, format_size
 from atoll.model.vm import VmInfo
 
 if TYPE_CHECKING:
@@ -154,6 +154,8 @@ def _nic(nic: "NicSpec", networks: dict[str, str]) -> str:
     where = "" if nic.network is None else ", leads nowhere"
     if nic.network:
         where = f" on {networks.get(nic.network, 'a network that is gone')}, {nic.address}"
+        where += f", groups {'+'.join(nic.groups)}" if nic.groups else ""
+        where += f", limit {format_rate(nic.limit)}" if nic.limit else ""
     return f"{nic.name} {nic.mac} {nic.model}{where}"
 
 

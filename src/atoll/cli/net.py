@@ -1,4 +1,4 @@
-"""`net create`, `net ls`, `net show`, `net rm`, `net attach`, `net detach`, `net impair`: networks that VMs share."""
+"""`net create`, `ls`, `show`, `rm`, `attach`, `set`, `detach`, `impair`: networks that VMs share."""
 
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -6,12 +6,14 @@ import click
 
 from atoll.cli.change import tell_changes
 from atoll.cli.failures import Format
-from atoll.cli.options import NETWORK, VM
+from atoll.cli.net_group import group_command
+from atoll.cli.options import GROUP, NETWORK, VM
 from atoll.cli.output import age, emit, format_option, print_description, print_table
 from atoll.errors import InvalidInput
-from atoll.model.network import Mode, Network, NetworkInfo
-from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest
+from atoll.model.network import Attached, Mode, Network, NetworkInfo
+from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest, NicSetRequest
 from atoll.model.spec import NicSpec
+from atoll.model.units import format_rate
 from atoll.model.vm import Change
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ def net_command() -> None:
     """
 
 
+net_command.add_command(group_command)
+
+
 @net_command.command("create")
 @click.argument("name")
 @click.option(
@@ -37,6 +42,7 @@ def net_command() -> None:
     help="private: leads nowhere (the default); nat: out through this computer, and published ports in.",
 )  # fmt: skip
 @click.option("--subnet", metavar="CIDR", help="Its addresses, such as 10.20.30.0/24 (default: a free one).")
+@click.option("--ipv6", is_flag=True, help="Give its VMs IPv6 addresses as well, to reach each other by.")
 @click.option("--dns-domain", metavar="DOMAIN", help="VMs are VM.DOMAIN on it (default: NAME.atoll).")
 @format_option
 def create(name: str, format: Format, **options: Any) -> None:
@@ -45,6 +51,7 @@ def create(name: str, format: Format, **options: Any) -> None:
     \b
     Examples:
       atoll net create lab
+      atoll net create lab6 --ipv6
       atoll net create web --mode nat --subnet 10.20.30.0/24 --dns-domain web.example
     """
     from atoll.cli.session import perform
@@ -116,18 +123,27 @@ def show(network: str, format: Format) -> None:
     if format != "table":
         emit(found, format)
         return
-    cards = [f"{each.vm}.{found.network.domain}  {each.address}  {each.mac}" for each in found.attached]
+    cards = [_card(each, found.network) for each in found.attached]
     pairs = [
         ("Name", found.network.name),
         ("Id", found.network.id),
         ("Mode", found.network.mode),
         ("State", "up" if found.up else "down; it comes up when a VM on it starts"),
         ("Subnet", found.network.subnet),
+        ("IPv6", found.network.subnet6 or ""),
         ("Own address", found.network.gateway),
         ("Domain", found.network.domain),
         ("VMs", "\n".join(cards)),
     ]
     print_description([pair for pair in pairs if pair[1]])
+
+
+def _card(card: Attached, network: Network) -> str:
+    words = [f"{card.vm}.{network.domain}", card.address, card.mac]
+    words += [card.address6] if card.address6 else []
+    words += [f"groups {'+'.join(card.groups)}"] if card.groups else []
+    words += [f"limit {format_rate(card.limit)}"] if card.limit else []
+    return "  ".join(words)
 
 
 @net_command.command("rm")
@@ -154,18 +170,21 @@ def rm(networks: tuple[str, ...], force: bool) -> None:
 @click.argument("network", type=NETWORK)
 @click.option("--address", metavar="IP", help="Its address there (default: a free one).")
 @click.option("--mac", help="The card's hardware address.")
+@click.option("--group", "groups", type=GROUP, multiple=True, help="A security group. Repeatable.")
+@click.option("--limit", metavar="RATE", default="0", help="What passes each way, such as 10Mbit (default: all).")
 @format_option
-def attach(vm: str, network: str, address: str | None, mac: str | None, format: Format) -> None:
+def attach(vm: str, network: str, groups: tuple[str, ...], limit: str, format: Format, **options: str | None) -> None:
     """Give a VM a card on NETWORK, at once where it can be while the VM runs.
 
     \b
     Examples:
       atoll net attach web lab
-      atoll net attach db lab --address 10.213.0.10
+      atoll net attach db lab --address 10.213.0.10 --group web
     """
+    from atoll.cli.options import parse_rate
     from atoll.cli.session import perform
 
-    request = NicRequest(network=network, address=address, mac=mac)
+    request = NicRequest(network=network, groups=groups, limit=parse_rate(limit), **options)
 
     async def action(host: "AsyncHost") -> tuple[NicSpec, Change]:
         return await (await host.get(vm)).net_attach(request)
@@ -175,6 +194,41 @@ def attach(vm: str, network: str, address: str | None, mac: str | None, format: 
         tell_changes([change], format)
     else:
         emit({"nic": nic, "change": change}, format)
+
+
+@net_command.command("set")
+@click.argument("vm", type=VM)
+@click.option("--network", type=NETWORK, help="On which network, when it is on several.")
+@click.option("--group", "groups", type=GROUP, multiple=True, help="Security groups that it has then. Repeatable.")
+@click.option("--no-groups", is_flag=True, help="None: VMs of the network reach it.")
+@click.option("--limit", metavar="RATE", help="What passes each way, such as 10Mbit; 0 for all.")
+@format_option
+def set_card(
+    vm: str, network: str | None, groups: tuple[str, ...], no_groups: bool, limit: str | None, format: Format
+) -> None:
+    """Give a VM's card other security groups or another limit. They hold at once.
+
+    \b
+    Examples:
+      atoll net set web --group web --group ssh
+      atoll net set web --network lab --limit 10Mbit
+      atoll net set web --no-groups
+    """
+    from atoll.cli.options import parse_rate
+    from atoll.cli.session import perform
+
+    if (groups and no_groups) or not (groups or no_groups or limit is not None):
+        raise InvalidInput("what shall hold for the card?", next_step="Say --group or else --no-groups, or --limit.")
+    request = NicSetRequest(
+        network=network,
+        groups=groups if groups or no_groups else None,
+        limit=None if limit is None else parse_rate(limit),
+    )
+
+    async def action(host: "AsyncHost") -> list[Change]:
+        return await (await host.get(vm)).net_set(request)
+
+    tell_changes(perform(action), format)
 
 
 @net_command.command("detach")

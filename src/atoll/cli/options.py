@@ -111,7 +111,20 @@ class NetworkReference(click.ParamType):  # type: ignore[type-arg]  # generic in
         self.also = also
 
 
-NETWORK, CARD = NetworkReference(), NetworkReference("user", "none")
+class GroupReference(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A security group's name; the shell completes it."""
+
+    name = "group"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        from atoll.cli.completion import group_names
+
+        return [CompletionItem(name) for name in group_names() if name.startswith(incomplete)]
+
+
+NETWORK, CARD, GROUP = NetworkReference(), NetworkReference("user", "none"), GroupReference()
 DURATION, VM, IMAGE = Duration(), VmReference(), ImageReference()
 VM_OR_SNAPSHOT, SNAPSHOT = SourceReference(), SnapshotReference()
 
@@ -185,16 +198,24 @@ def parse_disk(text: str) -> DiskRequest:
 
 
 def parse_nics(texts: Iterable[str]) -> tuple[NicRequest, ...]:
-    """`NETWORK`, with `,address=…` and `,mac=…` after it."""
+    """`NETWORK`, with `,address=…`, `,mac=…`, `,group=…` and `,limit=…` after it."""
     nics = []
     for text in texts:
         network, *rest = text.split(",")
         pairs = parse_pairs(rest, option="--network")
-        if unknown := pairs.keys() - {"address", "mac"}:
+        if unknown := pairs.keys() - {"address", "mac", "group", "limit"}:
             raise InvalidInput(
-                f"--network '{text}': there is no '{min(unknown)}'", next_step="Write NETWORK,address=…,mac=…."
+                f"--network '{text}': there is no '{min(unknown)}'",
+                next_step="Write NETWORK,address=…,mac=…,group=…,limit=….",
             )
-        nics.append(NicRequest(network=network, address=pairs.get("address"), mac=pairs.get("mac")))
+        nic = NicRequest(
+            network=network,
+            address=pairs.get("address"),
+            mac=pairs.get("mac"),
+            groups=tuple(pairs["group"].split("+")) if "group" in pairs else (),
+            limit=parse_rate(pairs.get("limit", "0")),
+        )
+        nics.append(nic)
     return tuple(nics)
 
 

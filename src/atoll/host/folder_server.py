@@ -12,8 +12,8 @@ from pathlib import Path
 
 from atoll.errors import EngineFailed, InvalidInput, Unsupported
 from atoll.host import facts, kernel, process, seccomp
-from atoll.host.jail import SHARED, Folder, Ids, Jail
-from atoll.host.sandbox import usable_namespaces, with_libraries
+from atoll.host.jail import SHARED, Ids, Jail, ServedFolder
+from atoll.host.sandbox import shown_libraries, usable_namespaces
 from atoll.host.spawn import Program, spawn
 from atoll.model.units import MIB
 
@@ -43,7 +43,7 @@ def check_folder(path: str) -> None:
         raise InvalidInput(f"the folder {path} can't be shared", why, "Check its path.")
 
 
-def serve(folder: Folder, *, log: Path) -> Served:
+def serve(folder: ServedFolder, *, log: Path) -> Served:
     """Start a server. Raises `InvalidInput` (the folder), `MissingTool`, `Unsupported`, `EngineFailed`."""
     check_folder(folder.path)
     program = process.find(PROGRAM)
@@ -58,8 +58,9 @@ def serve(folder: Folder, *, log: Path) -> Served:
                 Program(
                     argv=words,
                     descriptors=(),
-                    output=output.fileno(),
-                    link=theirs.fileno(),
+                    input=theirs.fileno(),
+                    output=theirs.fileno(),
+                    errors=output.fileno(),
                     folder=str(log.parent),
                 ),
                 jail,
@@ -73,7 +74,7 @@ def serve(folder: Folder, *, log: Path) -> Served:
         raise
 
 
-def _jail(folder: Folder, program: str) -> Jail:
+def _jail(folder: ServedFolder, program: str) -> Jail:
     root, namespaces, landlock = os.geteuid() == 0, usable_namespaces(), kernel.landlock_version()
     if not namespaces.usable and not landlock:
         raise Unsupported(
@@ -82,16 +83,17 @@ def _jail(folder: Folder, program: str) -> Jail:
             "See `atoll doctor`.",
         )
     owner = Path(folder.path).stat()
-    user, group = (owner.st_uid, owner.st_gid) if root else (os.getuid(), os.getgid())
-    # It asks who it is.
-    accounts = (("/etc/passwd", f"share:x:{user}:{group}::/:/\n"),)
+    ids = Ids(user=owner.st_uid, group=owner.st_gid) if root else None
+    # It asks who it is. In a user namespace an ordinary user is called 0.
+    user, group = (0, 0) if ids is None else (ids.user, ids.group)
+    programs = tuple(dict.fromkeys((*shown_libraries(), program, os.path.realpath(program))))
     return Jail(
         namespaces=namespaces.usable,
         user_namespace=namespaces.usable and not root,
-        ids=Ids(user=user, group=group) if root else None,
-        programs=(*with_libraries(program), *(() if namespaces.usable else ("/etc/passwd",))),
-        folder=folder,
-        texts=accounts,
+        ids=ids,
+        programs=programs if namespaces.usable else (*programs, "/etc/passwd"),
+        served=folder,
+        texts=(("/etc/passwd", f"share:x:{user}:{group}::/:/\n"),),
         landlock=landlock,
         filtered=kernel.seccomp_filters() and seccomp.known(),
         limits=((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, _MEMORY)),

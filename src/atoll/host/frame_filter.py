@@ -15,10 +15,12 @@ that is published there by UDP. So what may pass is decided here, before slirp r
 Fragments may hide what is looked at here, so that they pass only where nothing is looked at.
 """
 
+import errno
 import os
 import socket
+import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -31,6 +33,7 @@ _GET_DESCRIPTOR = 438
 """pidfd_getfd(2), the same number on every architecture."""
 _LONGEST_WAIT = 20_000
 """Microseconds that the helper waits for a guest that takes no frames, a paused one say, before it drops a frame."""
+FIRST_DESCRIPTORS = 32
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 # Classic BPF (linux/bpf_common.h): load a word, a half or a byte from a fixed place, or from one behind X; let X be the
@@ -228,33 +231,34 @@ def _end_of_link(pid: int) -> socket.socket:
     """Our copy of the only connected socket of that process that carries messages."""
     process = os.pidfd_open(pid)
     try:
-        for number in _sockets_of(pid):
-            copy = socket.socket(fileno=_copied(process, number))
-            if copy.type == socket.SOCK_SEQPACKET:
-                return copy
-            copy.close()
+        # It is among the first that the helper opened. /proc doesn't tell them when the helper has a user of its own.
+        for number in range(FIRST_DESCRIPTORS):
+            copy = _copied(process, number)
+            if copy is not None and _carries_messages(copy):
+                return socket.socket(fileno=copy)
+            if copy is not None:
+                os.close(copy)
     finally:
         os.close(process)
     raise EngineFailed("the network can't be made safe", "its helper has no link to us")
 
 
-def _sockets_of(pid: int) -> Iterator[int]:
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            if str(entry.readlink()).startswith("socket:"):
-                yield int(entry.name)
-        except FileNotFoundError:
-            # Closed meanwhile, as the pipe by which it has just said that it is ready.
-            continue
+def _carries_messages(descriptor: int) -> bool:
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        return False
+    with socket.socket(fileno=os.dup(descriptor)) as end:
+        return end.type == socket.SOCK_SEQPACKET
 
 
-def _copied(process: int, number: int) -> int:
-    """A descriptor of another process, copied into ours. Raises `OSError`."""
+def _copied(process: int, number: int) -> int | None:
+    """A descriptor of another process, copied into ours; None when it has none of that number. Raises `OSError`."""
     import ctypes
 
     copy = int(ctypes.CDLL(None, use_errno=True).syscall(_GET_DESCRIPTOR, process, number, 0))
     if copy < 0:
         code = ctypes.get_errno()
+        if code == errno.EBADF:
+            return None
         raise OSError(code, os.strerror(code))
     os.set_inheritable(copy, False)
     return copy

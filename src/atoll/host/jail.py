@@ -28,6 +28,8 @@ BASE = "/sys"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 USERFAULTFD = "/dev/userfaultfd"
 SHARED = "/share"
+WORKPLACE = "/run"
+"""Where a helper finds the folder that it works in."""
 
 
 class Ids(Struct, frozen=True, kw_only=True):
@@ -37,7 +39,7 @@ class Ids(Struct, frozen=True, kw_only=True):
     group: int
 
 
-class Folder(Struct, frozen=True, kw_only=True):
+class ServedFolder(Struct, frozen=True, kw_only=True):
     """A folder of the host that is shown to a program that serves it."""
 
     path: str
@@ -49,15 +51,27 @@ class Jail(Struct, frozen=True, kw_only=True):
 
     namespaces: bool
     user_namespace: bool = False
-    """Made first, by an ordinary user, to be allowed the others."""
+    """Made first, by an ordinary user, to be allowed the others. In it 0 is this user, and 1 the program's own."""
+    joined: int = 0
+    """A process whose user namespace is entered instead; 0 for none."""
     ids: Ids | None = None
     """The user and group to become."""
     programs: tuple[str, ...] = ()
     """Folders and files, from /, that are shown: the program and what it is made of."""
+    sockets: bool = False
+    """It may make sockets and connect them."""
+    host_network: bool = False
+    """It keeps the network that it is started in."""
+    capabilities: tuple[int, ...] = ()
+    """What it may do nevertheless (capabilities(7)), by their numbers."""
+    folder: str = ""
+    """A folder of ours in which it works, and makes sockets but no files; in an empty root it is /run."""
+    nests: bool = False
+    """It goes on to make a root of its own out of this one, and drops the privileges for that by itself."""
     devices: tuple[str, ...] = DEVICES
     writes_tracked: bool = False
     """It gets a userfaultfd device of its own, for snapshots that are written while the guest runs."""
-    folder: Folder | None = None
+    served: ServedFolder | None = None
     """At `SHARED` in the empty root; where there is none, at its own path."""
     texts: tuple[tuple[str, str], ...] = ()
     """Files that are written into the empty root: path and content."""
@@ -71,11 +85,17 @@ class Jail(Struct, frozen=True, kw_only=True):
     """Files that take the pid of a process to be put into a control group."""
 
 
-def enter_groups_and_limits(jail: Jail) -> None:
+def enter_groups(jail: Jail) -> None:
     for path in jail.groups:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         os.write(descriptor, b"0")
         os.close(descriptor)
+
+
+def set_limits(jail: Jail) -> None:
+    """To be done after a user namespace was made: the limit of processes that we have at that moment counts all that
+    this user runs, and a desktop has hundreds of threads.
+    """
     for kind, soft in jail.limits:
         hard = resource.getrlimit(kind)[1]
         ceiling = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
@@ -88,16 +108,27 @@ def shut_in(jail: Jail, shown: Sequence[int], filter_buffer: "ctypes.Array[ctype
     if jail.namespaces:
         _empty_root(jail, shown)
     _become_nobody(jail)
-    if jail.landlock:
+    if jail.nests:
+        # Mounts are refused to who is restricted in what files it opens.
+        landlock.restrict_scopes(jail.landlock)
+    elif jail.landlock:
         programs = ("/",) if jail.namespaces else jail.programs
         devices = (*jail.devices, USERFAULTFD) if jail.writes_tracked else jail.devices
-        folders = [] if jail.folder is None else [(_place(jail, jail.folder), jail.folder.read_only)]
-        landlock.restrict(jail.landlock, programs=programs, readable=shown, devices=devices, folders=folders)
+        served = [] if jail.served is None else [(_place(jail, jail.served), jail.served.read_only)]
+        landlock.restrict(
+            jail.landlock,
+            programs=programs,
+            readable=shown,
+            devices=devices,
+            served=served,
+            sockets_in=("." if jail.folder else None),
+            tcp=jail.sockets,
+        )
     if filter_buffer is not None:
         syscalls.filter_system_calls(filter_buffer)
 
 
-def _place(jail: Jail, folder: Folder) -> str:
+def _place(jail: Jail, folder: ServedFolder) -> str:
     return SHARED if jail.namespaces else folder.path
 
 
@@ -110,23 +141,31 @@ def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
     # by name: the descriptors were opened in another mount namespace, from which nothing can be bound.
     for path in [f"/proc/self/fd/{number}" for number in shown]:
         _make_file(BASE + path)
-        syscalls.mount(os.readlink(path), BASE + path, None, syscalls.MS_BIND)
+        source = os.readlink(path)
+        # A namespace has no name but this.
+        syscalls.mount(source if source.startswith("/") else path, BASE + path, None, syscalls.MS_BIND)
     for path in jail.devices:
         _make_file(BASE + path)
     if jail.writes_tracked:
         _make_device(USERFAULTFD, BASE + USERFAULTFD, owner=jail.ids)
     for path, text in jail.texts:
         _make_file(BASE + path, text.encode())
-    if jail.folder is not None:
-        os.mkdir(BASE + SHARED)
+    if jail.folder:
+        os.makedirs(BASE + WORKPLACE, exist_ok=True)
+    if jail.served is not None:
+        os.makedirs(BASE + SHARED, exist_ok=True)
+    if jail.nests:
+        os.makedirs(BASE + "/tmp", exist_ok=True)
     syscalls.set_mount_attributes(BASE, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
     for path in jail.devices:
         syscalls.mount(path, BASE + path, None, syscalls.MS_BIND)
-    if jail.folder is not None:
-        _show_folder(jail.folder)
+    if jail.folder:
+        syscalls.mount(jail.folder, BASE + WORKPLACE, None, syscalls.MS_BIND)
+    if jail.served is not None:
+        _show_served(jail.served)
     os.chdir(BASE)
     syscalls.pivot_root_here()
-    os.chdir("/")
+    os.chdir(WORKPLACE if jail.folder else "/")
 
 
 def _show(path: str) -> None:
@@ -145,7 +184,7 @@ def _show(path: str) -> None:
     syscalls.mount(path, target, None, syscalls.MS_BIND | syscalls.MS_REC)
 
 
-def _show_folder(folder: Folder) -> None:
+def _show_served(folder: ServedFolder) -> None:
     """With what is mounted below it: in a user namespace a part can't be had without."""
     syscalls.mount(folder.path, BASE + SHARED, None, syscalls.MS_BIND | syscalls.MS_REC)
     attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
@@ -174,7 +213,9 @@ def _make_device(like: str, path: str, *, owner: Ids | None) -> None:
 
 def _become_nobody(jail: Jail) -> None:
     if os.geteuid() == 0 or jail.user_namespace:
-        syscalls.drop_bounding_set()
+        syscalls.drop_bounding_set(but=jail.capabilities)
+    if jail.capabilities:
+        syscalls.keep_capabilities()
     if jail.ids is not None:
         # Inside a user namespace they are both called 1.
         user, group = (1, 1) if jail.user_namespace else (jail.ids.user, jail.ids.group)
@@ -182,4 +223,9 @@ def _become_nobody(jail: Jail) -> None:
         os.setresgid(group, group, group)
         os.setresuid(user, user, user)
     syscalls.no_new_privileges()
-    syscalls.drop_capabilities()
+    syscalls.drop_capabilities(but=jail.capabilities)
+    if jail.folder:
+        # We own the folder, and have to reach what another user makes in it.
+        os.umask(0)
+    if jail.host_network and not jail.namespaces:
+        syscalls.let_anyone_trace()

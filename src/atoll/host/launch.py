@@ -40,7 +40,8 @@ def launch(
     """
     weaker: list[str] = []
     with contextlib.ExitStack() as stack:
-        descriptors = dict(_open_all(plan, stack, weaker)) | dict(given or {})
+        groups = jail.groups if jail is not None else ()
+        descriptors = dict(_open_all(plan, stack, weaker, groups)) | dict(given or {})
         if strict and weaker:
             raise Unsupported("the isolation 'strict' isn't possible here", "; ".join(weaker), "See `atoll doctor`.")
         output = stack.enter_context(log.open("ab"))
@@ -54,7 +55,9 @@ def launch(
         return Launched(pid=spawn(program, jail), weaker=tuple(weaker))
 
 
-def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack, weaker: list[str]) -> Iterator[tuple[str, int]]:
+def _open_all(
+    plan: LaunchPlan, stack: contextlib.ExitStack, weaker: list[str], groups: tuple[str, ...]
+) -> Iterator[tuple[str, int]]:
     for file in plan.files:
         try:
             descriptor = os.open(file.path, _FLAGS[file.access] | os.O_CLOEXEC, 0o600)
@@ -78,14 +81,16 @@ def _open_all(plan: LaunchPlan, stack: contextlib.ExitStack, weaker: list[str]) 
         os.close(writing)
         yield feed.name, reading
     for network in plan.networks:
-        yield from _open_network(network, stack, weaker)
+        yield from _open_network(network, stack, weaker, groups)
 
 
-def _open_network(network: Network, stack: contextlib.ExitStack, weaker: list[str]) -> Iterator[tuple[str, int]]:
+def _open_network(
+    network: Network, stack: contextlib.ExitStack, weaker: list[str], groups: tuple[str, ...]
+) -> Iterator[tuple[str, int]]:
     """What a NIC's frames go through, under the network's name, and what else QEMU has to hold for it."""
     match network:
         case UserNetwork():
-            link = user_network.open_link(network)
+            link = user_network.open_link(network, groups=groups)
             stack.callback(link.close)
             weaker += [link.weaker] if link.weaker else []
             yield network.name, link.frames.fileno()

@@ -1,7 +1,8 @@
 """A network namespace with a process that holds it, and ways into it. The same for root and for an ordinary user.
 
 The namespace belongs to a user namespace in which whoever made it is root, so a bridge, taps and filters need no
-privilege outside. The holder is a shell of 1.6 MiB; two more start dnsmasq again whenever it ends.
+privilege outside. The holder is a shell of 1.6 MiB that starts dnsmasq again whenever it ends; both are shut in
+(`helper_jail.py`), as another user of that user namespace.
 """
 
 import asyncio
@@ -9,44 +10,48 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import warnings
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from atoll.errors import NetworkFailed, from_os_error
-from atoll.host import facts, files, process
+from atoll.errors import NetworkFailed, ProcessFailed, from_os_error
+from atoll.host import facts, files, helper_jail, process, syscalls
+from atoll.host.sandbox import own_ids
+from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
+from atoll.model.network import Network
 
 MARK = "atoll-network"
 """The word before a network's id in its holder's argv."""
 START_TIME = 20.0
 """Seconds until a namespace has to be ready on a busy computer; it takes some 50 ms."""
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
-# From the kernel's headers: sched.h, if_tun.h.
-_NEW_USER, _NEW_NET = 0x10000000, 0x40000000
+# From the kernel's headers: if_tun.h.
 _SET_INTERFACE, _TAP, _NO_INFORMATION, _OFFLOADS = 0x400454CA, 0x0002, 0x1000, 0x4000
 
-HOLDER = r"""
-cd "$2" || exit
-exec 9<>alive
+LINKS = r"""
 echo 1 >/proc/sys/net/ipv4/ip_forward
-ip -batch links && nft -f rules.nft || exit
+for each in disable_ipv6 accept_ra accept_dad; do
+    [ ! -e /proc/sys/net/ipv6 ] || echo 0 >/proc/sys/net/ipv6/conf/default/$each
+done
+ip -batch "$1/links" && nft -f "$1/rules.nft"
+"""
+HOLDER = r"""
+read -r _ || exit
 trap '' HUP
-again='while :; do setpriv --pdeathsig KILL dnsmasq -d -C "$0"; sleep 1; done'
 for each in dns dhcp; do
-    dnsmasq --test -C $each.conf || exit
-    setpriv --pdeathsig KILL sh -c "$again" "$2/$each.conf" >&2 9>&- &
+    "$3" --test -C "$2/$each.conf" || exit
+    while :; do "$3" -d -C "$2/$each.conf"; "$4" 1; done >&2 &
 done
 echo ready
 exec >&2
 wait
 """
-"""`alive` is open in it for as long as it lives. SIGHUP to its group makes dnsmasq read the names again; whoever would
-not know what to do with it ignores it. Names and addresses are two processes: else names that DHCP has met stay known
-when their VM is gone.
+"""It waits for the links, of which it is told by a line, and tells when it is ready. It is the first process of a pid
+namespace, and takes all others along. SIGHUP to its group makes dnsmasq read the names again; whoever would not know
+what to do with it ignores it. Names and addresses are two processes: else names that DHCP has met stay known when their
+VM is gone.
 """
 
 
@@ -59,41 +64,51 @@ def holder_of(paths: NetworkPaths) -> facts.ProcessIdentity | None:
     return known if facts.is_alive(known) else None
 
 
-async def hold(network_id: str, paths: NetworkPaths) -> facts.ProcessIdentity:
+async def hold(network: Network, paths: NetworkPaths) -> facts.ProcessIdentity:
     """Make the namespace, with what the files in `paths` say in it. Raises `NetworkFailed`, `MissingTool`."""
-    end(network_id, paths)
+    end(network.id, paths)
     ready, told = os.pipe()
+    waiting, going = os.pipe()
     try:
-        holder = _start(network_id, paths, told)
+        try:
+            holder = _start(network, paths, waiting, told)
+        finally:
+            os.close(waiting)
+            os.close(told)
         identity = facts.identity_of(holder)
         if identity is not None:
             files.write_atomically(paths.holder, msgspec.json.encode(identity))
+            await run(holder, "sh", "-c", LINKS, MARK, str(paths.run))
+            os.write(going, b"go\n")
         if identity is None or not await says(ready, b"ready", START_TIME):
-            end(network_id, paths)
             raise NetworkFailed("a network can't be brought up", last_line(paths.log), "Run `atoll doctor`.")
         return identity
+    except (NetworkFailed, ProcessFailed, BrokenPipeError):
+        end(network.id, paths)
+        raise
     finally:
         os.close(ready)
+        os.close(going)
 
 
-def _start(network_id: str, paths: NetworkPaths, told: int) -> int:
-    """The holder's pid: `unshare` becomes the shell. It has `told` as its standard output."""
-    argv = [process.find("unshare"), "--user", "--map-root-user", "--net", "--"]
-    argv += [process.find("sh"), "-c", HOLDER, MARK, network_id, str(paths.run)]
+def _start(network: Network, paths: NetworkPaths, waiting: int, told: int) -> int:
+    """The holder's pid. `alive` is open in it for as long as it lives."""
+    sh, dnsmasq, sleep = (process.find(each) for each in ("sh", "dnsmasq", "sleep"))
+    alive = os.open(paths.alive, os.O_RDWR | os.O_CLOEXEC)
     try:
         with paths.log.open("ab") as log:
-            holder = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=told,
-                stderr=log,
-                env={**os.environ, "PATH": _PATH},
-                cwd="/",
-                start_new_session=True,
+            program = Program(
+                argv=(sh, "-c", HOLDER, MARK, network.id, str(paths.names), dnsmasq, sleep),
+                descriptors=(alive,),
+                input=waiting,
+                output=told,
+                errors=log.fileno(),
             )
+            ipv6 = network.subnet6 is not None
+            jail = helper_jail.for_names((sh, dnsmasq, sleep), network_id=network.id, files=paths.names, ipv6=ipv6)
+            return spawn(program, jail)
     finally:
-        os.close(told)
-    return holder.pid
+        os.close(alive)
 
 
 async def says(descriptor: int, word: bytes, seconds: float) -> bool:
@@ -118,7 +133,8 @@ def last_line(log: Path) -> str:
 
 def end(network_id: str, paths: NetworkPaths) -> None:
     """End the holder, also one that a killed command has left unrecorded. dnsmasq and the uplink end with it."""
-    for pid in facts.scan_for(network_id, after=MARK):
+    ids = own_ids(network_id)
+    for pid in facts.scan_for(network_id, after=MARK, also_user=ids.user if ids else None):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     paths.holder.unlink(missing_ok=True)
@@ -142,9 +158,6 @@ def open_tap(holder: int | None, name: str) -> int:
     Entering a user namespace takes a process with one thread, so a child does it: a fork takes 2 ms, where starting
     another Python takes 30. Raises `NetworkFailed`.
     """
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with warnings.catch_warnings():
@@ -152,7 +165,7 @@ def open_tap(holder: int | None, name: str) -> int:
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
-            _open_tap_and_exit(libc, holder, name, theirs)
+            _open_tap_and_exit(holder, name, theirs)
         theirs.close()
         message, descriptors, _, _ = socket.recv_fds(ours, 256, 1)
         os.waitpid(child, 0)
@@ -166,19 +179,18 @@ def open_tap(holder: int | None, name: str) -> int:
     return descriptors[0]
 
 
-def _open_tap_and_exit(libc: Any, holder: int | None, name: str, answer: socket.socket) -> None:
+def _open_tap_and_exit(holder: int | None, name: str, answer: socket.socket) -> None:
     """In the child: say no more than is needed, and never return."""
     import fcntl
     import struct
 
     try:
         if holder is None:
-            entered = libc.unshare(_NEW_USER | _NEW_NET) == 0
+            syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNET)
         else:
             user, net = (os.open(f"/proc/{holder}/ns/{kind}", os.O_RDONLY) for kind in ("user", "net"))
-            entered = libc.setns(user, _NEW_USER) == 0 and libc.setns(net, _NEW_NET) == 0
-        if not entered:
-            raise OSError(0, "its namespace can't be entered")
+            syscalls.setns(user, syscalls.CLONE_NEWUSER)
+            syscalls.setns(net, syscalls.CLONE_NEWNET)
         tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(tap, _SET_INTERFACE, struct.pack("16sH22x", name.encode(), _TAP | _NO_INFORMATION | _OFFLOADS))
         socket.send_fds(answer, [b"tap"], [tap])

@@ -11,38 +11,44 @@ import contextlib
 import os
 import secrets
 import signal
-from collections.abc import Sequence
 
 import msgspec
 from msgspec.structs import replace
 
 from atoll.errors import WrongState
-from atoll.host import files, namespace, network_text, uplink
+from atoll.host import files, group_text, namespace, network_text, uplink
 from atoll.host.network_text import Port
 from atoll.layout import NetworkPaths
-from atoll.model.network import Attached, Impairment, Network
+from atoll.model.network import Impairment, Members
+from atoll.model.subnets import address6
+
+_LOOK = f"ip -j link show master {network_text.BRIDGE}; echo; nft -t -j list table bridge {group_text.TABLE} 2>&- || :"
 
 
 def is_up(paths: NetworkPaths) -> bool:
     return namespace.holder_of(paths) is not None
 
 
-async def ensure(network: Network, paths: NetworkPaths, attached: Sequence[Attached]) -> int:
+async def ensure(members: Members, paths: NetworkPaths) -> int:
     """Bring the network up where it isn't; returns its holder's pid. Raises `NetworkFailed`, `MissingTool`."""
     holder = namespace.holder_of(paths)
     if holder is None:
-        _write_all(network, paths, attached)
-        holder = await namespace.hold(network.id, paths)
+        _write_all(members, paths)
+        holder = await namespace.hold(members.network, paths)
     else:
-        tell_names(network, paths, attached)
-    if network.mode == "nat":
+        await tell(members, paths)
+    if members.network.mode == "nat":
         await uplink.ensure(paths, holder.pid)
     return holder.pid
 
 
-def _write_all(network: Network, paths: NetworkPaths, attached: Sequence[Attached]) -> None:
-    files.make_folder(paths.run)
-    paths.impairments.unlink(missing_ok=True)
+def _write_all(members: Members, paths: NetworkPaths) -> None:
+    network, attached = members.network, members.attached
+    files.make_folder(paths.names)
+    # dnsmasq is another user; the folder that this is in keeps the others out.
+    paths.names.chmod(0o755)
+    for of_before in (paths.impairments, paths.policy):
+        of_before.unlink(missing_ok=True)
     with contextlib.suppress(FileExistsError):
         os.mkfifo(paths.alive, 0o600)
     with contextlib.suppress(FileNotFoundError):
@@ -58,40 +64,74 @@ def _write_all(network: Network, paths: NetworkPaths, attached: Sequence[Attache
     }
     for path, text in texts.items():
         path.write_text(text)
+        path.chmod(0o644)
 
 
-def tell_names(network: Network, paths: NetworkPaths, attached: Sequence[Attached]) -> None:
-    """Let a network that is up know which VMs there are, under which names."""
-    texts = {paths.hosts: network_text.hosts(network, attached), paths.leases: network_text.leases(attached)}
+async def tell(members: Members, paths: NetworkPaths) -> None:
+    """Let a network that is up know which VMs there are, under which names, and what their rules are.
+
+    Raises `ProcessFailed`; the rules before hold then.
+    """
     holder = namespace.holder_of(paths)
-    if holder is None or all(path.exists() and path.read_text() == text for path, text in texts.items()):
+    if holder is None:
+        return
+    policy = _policy(members)
+    if policy != _told_policy(paths):
+        await _guard(holder.pid, paths, members)
+        files.write_atomically(paths.policy, policy)
+    network, attached = members.network, members.attached
+    texts = {paths.hosts: network_text.hosts(network, attached), paths.leases: network_text.leases(attached)}
+    if all(path.exists() and path.read_text() == text for path, text in texts.items()):
         return
     for path, text in texts.items():
-        files.write_atomically(path, text.encode())
+        files.write_atomically(path, text.encode(), mode=0o644)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(holder.pid, signal.SIGHUP)
+        os.killpg(os.getpgid(holder.pid), signal.SIGHUP)
 
 
-async def add_tap(holder: int, paths: NetworkPaths, mac: str, address: str) -> int:
+def _policy(members: Members) -> bytes:
+    """All that decides which rules hold; nothing when there are none."""
+    ruled = any(each.groups or each.limit for each in members.attached)
+    return msgspec.json.encode((members.attached, members.groups)) if ruled else b""
+
+
+def _told_policy(paths: NetworkPaths) -> bytes:
+    try:
+        return paths.policy.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+async def add_tap(holder: int, paths: NetworkPaths, members: Members, *, mac: str, address: str) -> int:
     """A tap on the bridge, guarded, as an open descriptor: it goes with that. Raises `NetworkFailed`, `ProcessFailed`.
 
     Its name is never given again, so that guards of a tap that is gone let nobody in.
     """
-    port = Port(tap=f"t{secrets.token_hex(6)}", mac=mac, address=address)
+    subnet6 = members.network.subnet6
+    own6 = address6(subnet6, mac) if subnet6 else ""
+    port = Port(tap=f"t{secrets.token_hex(6)}", mac=mac, address=address, address6=own6)
     descriptor = namespace.open_tap(holder, port.tap)
     try:
-        script = f"ip -batch - && ip -j link show master {network_text.BRIDGE}"
-        shown = await namespace.run(holder, "sh", "-c", script, stdin=network_text.joined(port))
-        await _guard(holder, paths, network_text.ports_of(shown.stdout))
+        await _guard(holder, paths, members, joining=network_text.joined(port))
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-async def _guard(holder: int, paths: NetworkPaths, ports: Sequence[Port]) -> None:
-    text = network_text.guards(ports, impairments(paths))
+async def _guard(holder: int, paths: NetworkPaths, members: Members, joining: str = "") -> None:
+    """Make all filters anew from what is there, in one transaction."""
+    ports, there = await look(holder, joining)
+    limits = {each.mac: each.limit for each in members.attached}
+    text = network_text.guards(ports, impairments(paths), limits) + group_text.groups(members, ports, there)
     await namespace.run(holder, "nft", "-f", "-", stdin=text)
+
+
+async def look(holder: int, joining: str = "") -> tuple[list[Port], bytes]:
+    """The taps of VMs that run, and what nft tells of the table of groups."""
+    told = await namespace.run(holder, "sh", "-c", f"ip -batch - && {_LOOK}", stdin=joining)
+    shown, _, there = told.stdout.partition(b"\n\n")
+    return network_text.ports_of(shown), there
 
 
 def impairments(paths: NetworkPaths) -> list[Impairment]:
@@ -101,7 +141,7 @@ def impairments(paths: NetworkPaths) -> list[Impairment]:
         return []
 
 
-async def impair(paths: NetworkPaths, wanted: Impairment) -> None:
+async def impair(members: Members, paths: NetworkPaths, wanted: Impairment) -> None:
     """From now on the card's cable does this wrong, and nothing else. Raises `WrongState` when it is down."""
     holder = namespace.holder_of(paths)
     if holder is None:
@@ -111,13 +151,7 @@ async def impair(paths: NetworkPaths, wanted: Impairment) -> None:
     others = [replace(each, cut_from=tuple(mac for mac in each.cut_from if mac != wanted.mac)) for each in others]
     everything = [each for each in (*others, wanted) if each != Impairment(mac=each.mac)]
     files.write_atomically(paths.impairments, msgspec.json.encode(everything))
-    await _guard(holder.pid, paths, await taps(holder.pid))
-
-
-async def taps(holder: int) -> list[Port]:
-    """Those of VMs that run."""
-    shown = await namespace.run(holder, "ip", "-j", "link", "show", "master", network_text.BRIDGE)
-    return network_text.ports_of(shown.stdout)
+    await _guard(holder.pid, paths, members)
 
 
 def end(network_id: str, paths: NetworkPaths) -> None:

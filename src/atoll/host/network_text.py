@@ -1,11 +1,13 @@
 """What `ip`, nft and dnsmasq are told for a network, as text. Pure: golden files check it."""
 
 import json
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
 from atoll.model.network import Attached, Impairment, Network
+from atoll.model.subnets import LINK_LOCAL6, address6, gateway6_of
 
 BRIDGE, UPLINK = "br0", "up0"
 LEASE_TIME = "1h"
@@ -19,6 +21,7 @@ class Port(Struct, frozen=True, kw_only=True):
     tap: str
     mac: str
     address: str
+    address6: str = ""
 
 
 def links(network: Network) -> str:
@@ -28,10 +31,11 @@ def links(network: Network) -> str:
     """
     prefix = network.subnet.partition("/")[2]
     mac = ":".join(["02", *(network.id[index : index + 2] for index in range(0, 10, 2))])
+    own6 = f"addr add {gateway6_of(network.subnet6)}/64 dev {BRIDGE} nodad\n" if network.subnet6 else ""
     return f"""link set lo up
 link add {BRIDGE} address {mac} type bridge stp_state 0 forward_delay 0 mcast_snooping 0
 addr add {network.gateway}/{prefix} dev {BRIDGE}
-link set {BRIDGE} up
+{own6}link set {BRIDGE} up
 """
 
 
@@ -44,7 +48,7 @@ def rules(network: Network) -> str:
     chain input {{
         type filter hook input priority filter; policy drop;
         iifname != "{BRIDGE}" accept
-        ip protocol icmp accept
+        meta l4proto {{ icmp, icmpv6 }} accept
         meta l4proto {{ tcp, udp }} th dport 53 accept
         udp dport 67 accept
     }}
@@ -63,13 +67,18 @@ def rules(network: Network) -> str:
 {guards([])}"""
 
 
-def guards(ports: Sequence[Port], impairments: Sequence[Impairment] = ()) -> str:
+def guards(
+    ports: Sequence[Port], impairments: Sequence[Impairment] = (), limits: Mapping[str, int] | None = None
+) -> str:
     """For nft: the table that lets out of each tap only what its card may say. It takes the place of the one before.
 
-    What isn't IPv4 or ARP isn't let through. A guest can't answer for DHCP. Cables that work badly do so here, too.
+    What isn't ARP, IPv4 or, on a network that has it, IPv6 isn't let through. A guest can't answer for DHCP, be a
+    router, or say who another address belongs to. Cables that work badly do so here, too, and
+    cards that have a limit, by their hardware addresses, have it here.
     """
     macs = ", ".join(f'"{port.tap}" . {port.mac}' for port in ports)
     addresses = ", ".join(f'"{port.tap}" . {port.mac} . {port.address}' for port in ports)
+    sets6, rules6 = _guards6([port for port in ports if port.address6])
     return f"""table bridge atoll
 delete table bridge atoll
 table bridge atoll {{
@@ -81,24 +90,50 @@ table bridge atoll {{
         type ifname . ether_addr . ipv4_addr
         {f"elements = {{ {addresses} }}" if addresses else ""}
     }}
-    chain from_guests {{
+{sets6}    chain from_guests {{
         type filter hook prerouting priority -300; policy drop;
         iifname . ether saddr != @macs drop
         ether type arp iifname . arp saddr ether . arp saddr ip @addresses accept
         ether type ip udp sport 67 drop
         ether type ip ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
         ether type ip iifname . ether saddr . ip saddr @addresses accept
-    }}
-{_impaired(ports, impairments)}}}
+{rules6}    }}
+{_impaired(ports, impairments, limits or {})}}}
 """
 
 
-def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment]) -> str:
+def _guards6(ports: Sequence[Port]) -> tuple[str, str]:
+    """The sets and the rules for those that speak IPv6. Addresses are asked for, and told, in bodies of ICMP."""
+    own = [(port, each) for port in ports for each in (address6(LINK_LOCAL6, port.mac), port.address6)]
+    if not own:
+        return "", ""
+    addresses = ", ".join(f'"{port.tap}" . {port.mac} . {each}' for port, each in own)
+    targets = ", ".join(f'"{port.tap}" . 0x{socket.inet_pton(socket.AF_INET6, each).hex()}' for port, each in own)
+    sets = f"""    set addresses6 {{
+        type ifname . ether_addr . ipv6_addr
+        elements = {{ {addresses} }}
+    }}
+    set targets6 {{
+        typeof iifname . @th,64,128
+        elements = {{ {targets} }}
+    }}
+"""
+    rules = """        icmpv6 type { nd-router-advert, nd-redirect } drop
+        ether type ip6 udp sport 547 drop
+        icmpv6 type nd-neighbor-advert iifname . @th,64,128 != @targets6 drop
+        ip6 saddr :: icmpv6 type nd-neighbor-solicit iifname . @th,64,128 @targets6 accept
+        ip6 saddr :: icmpv6 type nd-router-solicit accept
+        ether type ip6 iifname . ether saddr . ip6 saddr @addresses6 accept
+"""
+    return sets, rules
+
+
+def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment], limits: Mapping[str, int]) -> str:
     """Chains for what is lost on the way, before the guards and behind the bridge; nothing when nothing is."""
     taps: dict[str, list[str]] = {}
     for port in ports:
         taps.setdefault(port.mac, []).append(port.tap)
-    both: list[str] = []
+    both = [_slow(port.tap, limits[port.mac]) for port in ports if limits.get(port.mac)]
     cuts: list[str] = []
     for each in impairments:
         for tap in taps.get(each.mac, ()):
@@ -107,8 +142,7 @@ def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment]) -> str:
             if each.loss:
                 both.append(f'name "{tap}" numgen random mod 10000 < {round(each.loss * 100)} drop')
             if each.rate:
-                burst = max(BURST, each.rate // 10)
-                both.append(f'name "{tap}" limit rate over {each.rate} bytes/second burst {burst} bytes drop')
+                both.append(_slow(tap, each.rate))
     chains = [("to_network", "prerouting", -310, [f"iif{rule}" for rule in both])]
     chains += [("to_guests", "postrouting", 0, [f"oif{rule}" for rule in both])]
     if cuts:
@@ -122,11 +156,16 @@ def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment]) -> str:
     )
 
 
+def _slow(tap: str, rate: int) -> str:
+    burst = max(BURST, rate // 10)
+    return f'name "{tap}" limit rate over {rate} bytes/second burst {burst} bytes drop'
+
+
 def joined(port: Port) -> str:
     """For `ip -batch`: a tap on the bridge. Its alias says what its card may say, so that the guards can be made anew
     from what is there.
     """
-    return f"""link set {port.tap} alias {port.mac}/{port.address}
+    return f"""link set {port.tap} alias {port.mac}/{port.address}/{port.address6}
 link set {port.tap} master {BRIDGE} up
 """
 
@@ -135,13 +174,16 @@ def ports_of(shown: bytes) -> list[Port]:
     """The taps on the bridge, from `ip -j link show master br0`."""
     found = []
     for link in json.loads(shown or b"[]"):
-        mac, _, address = link.get("ifalias", "").partition("/")
+        mac, _, addresses = link.get("ifalias", "").partition("/")
+        address, _, own6 = addresses.partition("/")
         if address:
-            found.append(Port(tap=link["ifname"], mac=mac, address=address))
+            found.append(Port(tap=link["ifname"], mac=mac, address=address, address6=own6))
     return found
 
 
-_BOTH = f"""interface={BRIDGE}
+_BOTH = f"""user=
+group=
+interface={BRIDGE}
 bind-interfaces
 """
 
@@ -156,9 +198,13 @@ def dns(network: Network, *, hosts: str, upstream: str | None) -> str:
 
 
 def dhcp(network: Network, *, leases: str) -> str:
-    """For the dnsmasq that gives each card its address. A private network has no way out to tell of."""
+    """For the dnsmasq that gives each card its address. A private network has no way out to tell of.
+
+    It answers to all on the network, which needs no privilege.
+    """
     return f"""{_BOTH}port=0
 quiet-dhcp
+dhcp-broadcast
 no-ping
 leasefile-ro
 dhcp-authoritative
@@ -168,6 +214,14 @@ domain={network.domain}
 dhcp-option=option:dns-server,{network.gateway}
 dhcp-option=option:domain-search,{network.domain}
 {"dhcp-option=option:router" if network.mode == "private" else ""}
+{_router6(network.subnet6) if network.subnet6 else ""}"""
+
+
+def _router6(subnet6: str) -> str:
+    """Guests make their addresses of this prefix. No way leads out by it, so the router is nobody's default."""
+    return f"""enable-ra
+ra-param={BRIDGE},60,0
+dhcp-range={subnet6.partition("/")[0]},ra-only,64,infinite
 """
 
 
@@ -178,7 +232,12 @@ def _mask(network: Network) -> str:
 
 def hosts(network: Network, attached: Sequence[Attached]) -> str:
     """For dnsmasq's DNS: each VM by its name and by that with the domain."""
-    return "".join(f"{each.address} {each.vm} {each.vm}.{network.domain}\n" for each in attached)
+    return "".join(
+        f"{address} {each.vm} {each.vm}.{network.domain}\n"
+        for each in attached
+        for address in (each.address, each.address6)
+        if address
+    )
 
 
 def leases(attached: Sequence[Attached]) -> str:

@@ -78,7 +78,7 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         return None, Isolation(level="none", barriers=missing)
     root, landlock = os.geteuid() == 0, kernel.landlock_version()
     namespaces = usable_namespaces()
-    no_ids = _no_ids(wanted.id) if root or namespaces.usable else namespaces.why
+    no_ids = without_ids(wanted.id) if root or namespaces.usable else namespaces.why
     ids = None if no_ids else own_ids(wanted.id)
     groups = cgroups.make(wanted.id, cgroups.Wanted(processes=wanted.threads, cpus=wanted.cpus))
     jail = Jail(
@@ -156,11 +156,19 @@ def _barriers(jail: Jail, *, namespaces: kernel.Feature, no_ids: str, groups: cg
 
 
 @cache
+def shown_libraries() -> tuple[str, ...]:
+    """What programs are linked with, and how they find it."""
+    triplet = f"/usr/lib/{platform.machine()}-linux-gnu"
+    libraries = triplet if Path(triplet).is_dir() else "/usr/lib"
+    shown = ("/lib", "/lib64", "/usr/lib64", libraries, "/etc/ld.so.cache")
+    return tuple(path for path in shown if os.path.lexists(path))
+
+
+@cache
 def shown_programs(binary: str) -> tuple[str, ...]:
     """What QEMU is made of: its file, its libraries and modules, and its firmware blobs; all below /usr as a rule."""
     real = os.path.realpath(binary)
-    shown = _libraries()
-    shown += ["/usr/share/qemu", "/usr/share/seabios", "/usr/share/ipxe", "/usr/lib/ipxe"]
+    shown = [*shown_libraries(), "/usr/share/qemu", "/usr/share/seabios", "/usr/share/ipxe", "/usr/lib/ipxe"]
     shown += ["/usr/share/seavgabios", "/usr/share/ipxe.qemu"]
     if not real.startswith("/usr/bin/"):
         # Built or installed elsewhere: with what is beside it (/opt/qemu, /usr/local, /nix/store).
@@ -169,18 +177,6 @@ def shown_programs(binary: str) -> tuple[str, ...]:
     shown = [path for path in shown if os.path.lexists(path)]
     # A link's target is shown where the link is, unless it is below what is shown already.
     return tuple(dict.fromkeys([*shown, binary, real]))
-
-
-def _libraries() -> list[str]:
-    triplet = f"/usr/lib/{platform.machine()}-linux-gnu"
-    own = [triplet] if Path(triplet).is_dir() else ["/usr/lib"]
-    return ["/lib", "/lib64", "/usr/lib64", *own, "/etc/ld.so.cache"]
-
-
-def with_libraries(binary: str) -> tuple[str, ...]:
-    """A program that has nothing else, with all libraries."""
-    shown = [path for path in _libraries() if os.path.lexists(path)]
-    return tuple(dict.fromkeys([*shown, binary, os.path.realpath(binary)]))
 
 
 def _linked_from(folder: Path, shown: list[str]) -> list[str]:
@@ -204,7 +200,7 @@ def own_ids(vm_id: str) -> Ids | None:
     return Ids(user=users[0] + chosen % users[1], group=groups[0] + chosen % groups[1])
 
 
-def _no_ids(vm_id: str) -> str:
+def without_ids(vm_id: str) -> str:
     """What keeps this VM from having a user of its own; empty when nothing does."""
     ids = own_ids(vm_id)
     if os.geteuid() == 0:

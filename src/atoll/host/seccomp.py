@@ -9,6 +9,8 @@ import struct
 from collections.abc import Callable
 
 ALLOW, DENY_EPERM, DENY_ENOSYS, KILL = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38, 0x80000000
+ANSWER_0 = 0x00050000
+"""The call isn't made, and its result is 0."""
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _AND = 0x54
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
@@ -44,6 +46,12 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "memfd_secret": (447, 447), "shmget": (29, 194),
     "lookup_dcookie": (212, 18), "nfsservctl": (180, 42), "migrate_pages": (256, 238), "move_pages": (279, 239),
 }  # fmt: skip
+_NETWORKING = ("socket", "connect", "bind")
+_NESTING = ("setns", "unshare", "mount", "umount2", "pivot_root", "capset")
+_GETEUID = (107, 175)
+_FAMILIES = (1, 2, 10, 16)
+"""AF_UNIX, AF_INET, AF_INET6, AF_NETLINK."""
+_SOCKET, _NETLINK_NETFILTER = (41, 198), 12
 _CLONE, _CLONE3, _TGKILL, _PRLIMIT, _IOCTL = (56, 220), (435, 435), (234, 131), (302, 261), (16, 29)
 _MMAP, _SHARED_ANONYMOUS = (9, 222), 0x21
 _FORKING = ((56, 220), (57, None), (58, None))
@@ -67,10 +75,19 @@ def known(machine: str | None = None) -> bool:
     return (machine or platform.machine()).lower() in _ARCHITECTURES
 
 
-def filter_program(*, own_pid: int, serves_files: bool = False, machine: str | None = None) -> bytes:
+def filter_program(
+    *,
+    own_pid: int,
+    sockets: bool = False,
+    nests: bool = False,
+    serves_files: bool = False,
+    machine: str | None = None,
+) -> bytes:
     """The program for a process that has `own_pid` in its own pid namespace: it may signal its own threads.
 
-    One that `serves_files` has no threads, and gives no file the right to run as its owner or group.
+    With `sockets` it may make sockets of the families that a network's helpers need, and connect them. One that `nests`
+    may make a root of its own as it starts; it is told that its user is 0, without which slirp4netns doesn't try. One
+    that `serves_files` has no threads, and gives no file the right to run as its owner or group.
     """
     audit, column = _ARCHITECTURES[(machine or platform.machine()).lower()]
     code = _Program()
@@ -80,13 +97,20 @@ def filter_program(*, own_pid: int, serves_files: bool = False, machine: str | N
     if column == 0:
         # The x32 table has the same calls under other numbers.
         code.when(_AT_LEAST, 0x40000000, DENY_EPERM)
-    for numbers in _DENIED.values():
-        if numbers[column] is not None:
+    needed = (_NETWORKING if sockets else ()) + (_NESTING if nests else ())
+    for name, numbers in _DENIED.items():
+        if numbers[column] is not None and name not in needed:
             code.when(_EQUAL, numbers[column] or 0, DENY_EPERM)
     # The C library goes on to `clone`, whose flags can be looked at: those of clone3 are behind a pointer.
     code.when(_EQUAL, _CLONE3[column], DENY_ENOSYS)
     code.if_argument(_CLONE[column], 0, lambda inner: inner.when(_ANY_BIT, NEW_NAMESPACES, DENY_EPERM))
     code.if_argument(_TGKILL[column], 0, lambda inner: inner.unless(_EQUAL, own_pid, DENY_EPERM))
+    if nests:
+        code.when(_EQUAL, _GETEUID[column], ANSWER_0)
+    if sockets:
+        # Nobody changes what guards a network, whatever else he may do there.
+        code.if_argument(_SOCKET[column], 2, lambda inner: inner.when(_EQUAL, _NETLINK_NETFILTER, DENY_EPERM))
+        code.if_argument(_SOCKET[column], 0, _deny_other_families)
     # Reading a limit is fine, setting one isn't: both halves of the pointer to the new one have to be zero.
     code.if_argument(_PRLIMIT[column], 2, lambda inner: inner.unless(_EQUAL, 0, DENY_EPERM))
     code.if_argument(_PRLIMIT[column], 2, lambda inner: inner.unless(_EQUAL, 0, DENY_EPERM), high=True)
@@ -96,6 +120,13 @@ def filter_program(*, own_pid: int, serves_files: bool = False, machine: str | N
         _deny_for_server(code, column)
     code.give(ALLOW)
     return code.assembled
+
+
+def _deny_other_families(code: "_Program") -> None:
+    """Raw packets, the kernel's cryptography, other machines' vsock and the like are no helper's business."""
+    for family in _FAMILIES:
+        code.when(_EQUAL, family, ALLOW)
+    code.give(DENY_EPERM)
 
 
 def _deny_uncounted_memory(code: "_Program") -> None:

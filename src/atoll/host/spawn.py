@@ -8,6 +8,7 @@ Middle and child tell the parent on a pipe how far they came; it closes by itsel
 
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 from functools import cache
@@ -16,10 +17,10 @@ from msgspec import Struct
 
 from atoll.errors import EngineFailed
 from atoll.host import process, seccomp, syscalls
-from atoll.host.jail import BASE, NAMESPACES, Jail, enter_groups_and_limits, shut_in
+from atoll.host.jail import BASE, NAMESPACES, Jail, enter_groups, set_limits, shut_in
 
 MANY_DESCRIPTORS = 1024
-"""More than QEMU has open, and not more than every process may have."""
+"""More than QEMU has open."""
 
 
 class Program(Struct, frozen=True, kw_only=True):
@@ -30,12 +31,14 @@ class Program(Struct, frozen=True, kw_only=True):
     """Those it gets, under the same numbers."""
     shown: tuple[int, ...] = ()
     """Those of `descriptors` that it opens again by the path /proc/self/fd/N."""
+    input: int | None = None
+    """Where its standard input comes from; from nowhere otherwise."""
     output: int
     """Where its standard output and error go."""
-    link: int | None = None
-    """A socket that is its standard input and output instead."""
+    errors: int | None = None
+    """Where its standard error goes instead."""
     folder: str = "/"
-    """Where it works, if it has no empty root. Its environment has nothing but this."""
+    """Where it works, if it has no other root. Its environment has nothing but this."""
 
 
 def spawn(program: Program, jail: Jail | None) -> int:
@@ -49,13 +52,10 @@ def spawn(program: Program, jail: Jail | None) -> int:
             if jail is not None:
                 _enter_namespaces(jail, saying, waiting)
             _leave_parent(saying)
-            # A table of descriptors that grows while there are threads makes the kernel wait for all processors, 10 to
-            # 20 ms each time (expand_fdtable() in its fs/file.c). QEMU's outgrows 64 when its guest goes on; exec keeps
-            # the size.
-            os.close(os.dup2(0, MANY_DESCRIPTORS - 1))
+            os.chdir(program.folder)
+            _widen_table_of_descriptors()
             if jail is not None:
                 shut_in(jail, program.shown, _filter(jail))
-            os.chdir("/" if jail is not None and jail.namespaces else program.folder)
             # Whatever secrets are in our environment, they aren't for it.
             os.execve(program.argv[0], program.argv, {"ATOLL_FOLDER": program.folder, "LC_ALL": "C.UTF-8"})
         except BaseException as error:
@@ -64,7 +64,7 @@ def spawn(program: Program, jail: Jail | None) -> int:
     os.close(saying)
     os.close(waiting)
     try:
-        return _follow(middle, said, going, jail)
+        return _follow(middle, said, going, jail, name=os.path.basename(program.argv[0]))  # noqa: PTH119
     finally:
         os.close(said)
         os.close(going)
@@ -99,8 +99,9 @@ def _stand_alone(program: Program, *, keep: tuple[int, ...]) -> None:
     """A session of its own, and no descriptor but those that were given."""
     os.setsid()
     nothing = os.open("/dev/null", os.O_RDWR)
-    first, second = (nothing, program.output) if program.link is None else (program.link, program.link)
-    for target, source in ((0, first), (1, second), (2, program.output)):
+    errors = program.output if program.errors is None else program.errors
+    source_of_input = nothing if program.input is None else program.input
+    for target, source in ((0, source_of_input), (1, program.output), (2, errors)):
         os.dup2(source, target)
     wanted = {0, 1, 2, *keep, *program.descriptors}
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
@@ -117,8 +118,12 @@ def _stand_alone(program: Program, *, keep: tuple[int, ...]) -> None:
 
 
 def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> None:
-    enter_groups_and_limits(jail)
-    if jail.user_namespace:
+    enter_groups(jail)
+    if jail.joined:
+        descriptor = os.open(f"/proc/{jail.joined}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        syscalls.setns(descriptor, syscalls.CLONE_NEWUSER)
+        os.close(descriptor)
+    elif jail.user_namespace:
         user, group = os.getuid(), os.getgid()
         syscalls.unshare(syscalls.CLONE_NEWUSER)
         if jail.ids is not None:
@@ -128,10 +133,11 @@ def _enter_namespaces(jail: Jail, saying: int, waiting: int) -> None:
                 raise OSError("its users weren't mapped")
         else:
             _write("/proc/self/setgroups", "deny")
-            _write("/proc/self/uid_map", f"{user} {user} 1")
-            _write("/proc/self/gid_map", f"{group} {group} 1")
+            _write("/proc/self/uid_map", f"0 {user} 1")
+            _write("/proc/self/gid_map", f"0 {group} 1")
+    set_limits(jail)
     if jail.namespaces:
-        syscalls.unshare(NAMESPACES)
+        syscalls.unshare(NAMESPACES & ~syscalls.CLONE_NEWNET if jail.host_network else NAMESPACES)
         syscalls.set_host_name("vm")
 
 
@@ -149,14 +155,24 @@ def _leave_parent(saying: int) -> None:
         os._exit(0)
 
 
+def _widen_table_of_descriptors() -> None:
+    """One that grows while there are threads makes the kernel wait for all processors, 10 to 20 ms each time
+    (expand_fdtable() in its fs/file.c). QEMU's outgrows 64 when its guest goes on; exec keeps the size.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(os.dup2(0, min(allowed, MANY_DESCRIPTORS) - 1))
+
+
 def _filter(jail: Jail) -> "ctypes.Array[ctypes.c_char] | None":
     if not jail.filtered:
         return None
-    own = seccomp.filter_program(own_pid=os.getpid(), serves_files=jail.folder is not None)
+    own = seccomp.filter_program(
+        own_pid=os.getpid(), sockets=jail.sockets, nests=jail.nests, serves_files=jail.served is not None
+    )
     return ctypes.create_string_buffer(own, len(own))
 
 
-def _follow(middle: int, said: int, going: int, jail: Jail | None) -> int:
+def _follow(middle: int, said: int, going: int, jail: Jail | None, *, name: str) -> int:
     """Read what the child says until it has become the program, or has failed."""
     heard = b""
     while chunk := os.read(said, 4096):
@@ -167,13 +183,17 @@ def _follow(middle: int, said: int, going: int, jail: Jail | None) -> int:
             os.write(going, b"g")
     words, _, failure = heard.decode(errors="replace").partition("failed ")
     if failure or "pid " not in words:
-        raise EngineFailed("a program can't be shut in", failure or "its starter ended", "Run `atoll doctor`.")
+        raise EngineFailed(f"{name} can't be shut in", failure or "its starter ended", "Run `atoll doctor`.")
     return int(words.rpartition("pid ")[2])
 
 
 def _map_users(pid: int, jail: Jail) -> None:
-    """In the namespace 0 is this user, who builds the jail, and 1 the VM's own. The programs take 5 to 10 ms each."""
+    """In the namespace 0 is this user, who builds the jail, and 1 the program's own. newuidmap takes 2 to 10 ms."""
     assert jail.ids is not None
+    if os.geteuid() == 0:
+        _write(f"/proc/{pid}/uid_map", f"0 0 1\n1 {jail.ids.user} 1\n")
+        _write(f"/proc/{pid}/gid_map", f"0 0 1\n1 {jail.ids.group} 1\n")
+        return
     running: list[subprocess.Popen[str]] = []
     for tool, us, them in (("newuidmap", os.getuid(), jail.ids.user), ("newgidmap", os.getgid(), jail.ids.group)):
         argv = [process.find(tool), str(pid), "0", str(us), "1", "1", str(them), "1"]
@@ -181,4 +201,4 @@ def _map_users(pid: int, jail: Jail) -> None:
     for program in running:
         _, errors = program.communicate(timeout=10)
         if program.returncode != 0:
-            raise EngineFailed("the VM's own user can't be mapped", errors.strip(), "See `man newuidmap`.")
+            raise EngineFailed("a user of its own can't be mapped", errors.strip(), "See `man newuidmap`.")

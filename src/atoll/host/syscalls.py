@@ -6,6 +6,7 @@ Used between fork and exec, so nothing here imports, logs or takes a lock when i
 import ctypes
 import os
 import platform
+from collections.abc import Collection
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -18,6 +19,7 @@ MS_NOSUID, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 8, 4096, 16384, 1 << 18
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 _MNT_DETACH, _AT_FDCWD, _AT_RECURSIVE = 2, -100, 0x8000
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 24, 38, 22, 2
+_PR_SET_KEEPCAPS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, _PR_SET_PTRACER = 8, 47, 2, 0x59616D61
 _UNSHARE, _PIVOT_ROOT, _CAPSET = (272, 155, 126) if _X86 else (97, 41, 91)
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
 LAST_CAPABILITY = 63
@@ -32,6 +34,11 @@ def _checked(result: int, what: str) -> int:
 
 def unshare(flags: int) -> None:
     _checked(_syscall(_UNSHARE, ctypes.c_ulong(flags)), "unshare")
+
+
+def setns(descriptor: int, kind: int) -> None:
+    """Enter a namespace of this kind."""
+    _checked(_libc.setns(descriptor, kind), "setns")
 
 
 def mount(source: str | None, target: str, kind: str | None = None, flags: int = 0, data: str | None = None) -> None:
@@ -61,17 +68,34 @@ def pivot_root_here() -> None:
     unmount(".")
 
 
-def drop_bounding_set() -> None:
-    """No program that is executed from here on gets a capability, whatever its file says."""
+def drop_bounding_set(*, but: Collection[int] = ()) -> None:
+    """No program that is executed from here on gets another capability, whatever its file says."""
     for number in range(LAST_CAPABILITY + 1):
+        if number in but:
+            continue
         if _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) < 0:
             # The first number that this kernel doesn't know.
             return
 
 
-def drop_capabilities() -> None:
-    # _LINUX_CAPABILITY_VERSION_3, our own process; three sets of 64 bits.
-    _checked(_syscall(_CAPSET, (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()), "capset")
+def keep_capabilities() -> None:
+    """Also when another user is become."""
+    _checked(_libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0), "keepcaps")
+
+
+def drop_capabilities(*, but: Collection[int] = ()) -> None:
+    """Those that stay are kept by programs that are executed as well."""
+    low = sum(1 << number for number in but if number < 32)
+    # _LINUX_CAPABILITY_VERSION_3, our own process; effective, permitted and inheritable ones, low halves first.
+    sets = (ctypes.c_uint32 * 6)(low, low, low)
+    _checked(_syscall(_CAPSET, (ctypes.c_uint32 * 2)(0x20080522, 0), sets), "capset")
+    for number in but:
+        _checked(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0), "ambient capability")
+
+
+def let_anyone_trace() -> None:
+    """Whom the kernel lets otherwise, also where it lets none but ancestors (Yama's ptrace_scope 1)."""
+    _libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)
 
 
 def no_new_privileges() -> None:

@@ -4,20 +4,17 @@ It takes published ports over a socket, while it runs. It ends when the namespac
 """
 
 import asyncio
-import json
+import contextlib
 import os
-import subprocess
-from typing import Any
 
-from atoll.errors import AlreadyExists, NetworkFailed
-from atoll.host import namespace, process
+from atoll.errors import NetworkFailed
+from atoll.host import helper_jail, namespace, process, slirp
 from atoll.host.network_text import UPLINK
-from atoll.host.sockets import connect
+from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
 from atoll.model.spec import PortSpec
 
 READY_TIME = 20.0
-ANSWER_TIME = 10.0
 DNS = "198.19.255.3"
 """Where slirp4netns answers for names, as the computer's own resolver would."""
 _SUBNET, _LARGEST_PACKET = "198.19.255.0/24", "65520"
@@ -25,7 +22,7 @@ _SUBNET, _LARGEST_PACKET = "198.19.255.0/24", "65520"
 
 async def ensure(paths: NetworkPaths, holder: int) -> None:
     """Start the uplink unless it is there. Raises `NetworkFailed`, `MissingTool`."""
-    if await _answers(paths):
+    if slirp.listener(paths.uplink) is not None:
         return
     ready, told = os.pipe()
     try:
@@ -39,89 +36,43 @@ async def ensure(paths: NetworkPaths, holder: int) -> None:
 
 
 def _start(paths: NetworkPaths, holder: int, told: int) -> None:
-    """It says `1` on `told` when it is ready."""
-    alive = os.open(paths.alive, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    # Root's may publish ports below 1024; an ordinary user's has to be in the user namespace to enter the other.
-    inside = [] if os.geteuid() == 0 else namespace.entered(holder, net=False)
-    argv = [*inside, process.find("slirp4netns"), "--netns-type=path", "--configure", f"--mtu={_LARGEST_PACKET}"]
-    argv += ["--disable-host-loopback", "--enable-sandbox", "--enable-seccomp", f"--cidr={_SUBNET}"]
-    argv += ["--api-socket=uplink.sock", f"--exit-fd={alive}", f"--ready-fd={told}", f"/proc/{holder}/ns/net", UPLINK]
+    """It says `1` on `told` when it is ready.
+
+    Its own sandbox takes the place of the jail's root, and drops what the jail leaves it for opening its tap.
+    """
+    folder, binary = paths.uplink.parent, process.find(slirp.PROGRAM)
+    slirp.make_workplace(folder)
     paths.uplink.unlink(missing_ok=True)
-    try:
-        with paths.log.open("ab") as log:
-            subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(alive, told),
-                cwd=paths.run,
-                start_new_session=True,
-            )
-    finally:
-        os.close(alive)
-        os.close(told)
-
-
-async def _answers(paths: NetworkPaths) -> bool:
-    try:
-        await _ask(paths, {"execute": "list_hostfwd"})
-    except (OSError, NetworkFailed):
-        return False
-    return True
-
-
-async def published(paths: NetworkPaths) -> list[tuple[int, str, PortSpec]]:
-    """Each published port with its number and the address of its VM."""
-    answer = await _ask(paths, {"execute": "list_hostfwd"})
-    return [
-        (
-            entry["id"],
-            entry["guest_addr"],
-            PortSpec(
-                host_port=entry["host_port"],
-                guest_port=entry["guest_port"],
-                host_address=entry["host_addr"],
-                protocol=entry["proto"],
-            ),
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, told)
+        alive = os.open(paths.alive, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        stack.callback(os.close, alive)
+        net = os.open(f"/proc/{holder}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, net)
+        log = stack.enter_context(paths.log.open("ab"))
+        argv = [binary, "--netns-type=path", "--configure", f"--mtu={_LARGEST_PACKET}", f"--cidr={_SUBNET}"]
+        argv += ["--disable-host-loopback", "--enable-sandbox", "--enable-seccomp", f"--api-socket={paths.uplink.name}"]
+        argv += [f"--exit-fd={alive}", f"--ready-fd={told}", f"/proc/self/fd/{net}", UPLINK]
+        program = Program(
+            argv=tuple(argv),
+            descriptors=(alive, told, net),
+            shown=(net,),
+            output=log.fileno(),
+            folder=str(folder),
         )
-        for entry in answer["entries"]
-    ]
+        spawn(program, helper_jail.for_uplink(binary, holder=holder, folder=folder))
+
+
+async def published(paths: NetworkPaths) -> list[tuple[str, PortSpec]]:
+    """Each published port with the address of its VM. Raises `OSError` when nobody answers, as the others do."""
+    return await asyncio.to_thread(slirp.published, paths.uplink)
 
 
 async def publish(paths: NetworkPaths, address: str, port: PortSpec) -> None:
     """Raises `AlreadyExists` when another program has the port."""
-    arguments = {
-        "proto": port.protocol, "host_addr": port.host_address, "host_port": port.host_port,
-        "guest_addr": address, "guest_port": port.guest_port,
-    }  # fmt: skip
-    answer = await _ask(paths, {"execute": "add_hostfwd", "arguments": arguments})
-    if "error" in answer:
-        raise AlreadyExists(
-            f"port {port.host_port} on {port.host_address} can't be published",
-            "another program has it, or it is below 1024 and root's",
-            "Choose another with -p.",
-        )
+    await asyncio.to_thread(slirp.add, paths.uplink, address, port)
 
 
 async def unpublish(paths: NetworkPaths, address: str, port: PortSpec) -> None:
     """Idempotent."""
-    for number, of, other in await published(paths):
-        if (of, other) == (address, port):
-            await _ask(paths, {"execute": "remove_hostfwd", "arguments": {"id": number}})
-
-
-async def _ask(paths: NetworkPaths, question: dict[str, Any]) -> Any:
-    """One question a connection. Raises `OSError` when nobody listens."""
-    client = connect(paths.uplink)
-    try:
-        reader, writer = await asyncio.open_unix_connection(sock=client)
-        try:
-            writer.write(json.dumps(question).encode())
-            writer.write_eof()
-            answer = await asyncio.wait_for(reader.read(), ANSWER_TIME)
-        finally:
-            writer.close()
-        return json.loads(answer)
-    except (TimeoutError, ValueError) as error:
-        raise NetworkFailed("a network's uplink doesn't answer", str(error)) from error
+    await asyncio.to_thread(slirp.remove, paths.uplink, address, port)

@@ -1,40 +1,34 @@
 """User-mode networks: beside each QEMU a helper process (slirp4netns) that speaks for the guest by sockets of the host.
 
 QEMU itself may then be without a network and without the right to make sockets. The link between the two carries a
-frame in each message. The helper sees what `frame_filter` lets through, has a root of its own with /etc and /run in it
-and a filter of system calls, and ends as soon as nobody holds its lifeline: QEMU has it, so that they end together.
-
-Ports are published, and taken back, by one question and one answer at the helper's control socket (slirp4netns(1)).
+frame in each message. The helper sees what `frame_filter` lets through, is shut in (`helper_jail.py`), and ends as soon
+as nobody holds its lifeline: QEMU has it, so that they end together.
 """
 
 import contextlib
-import json
 import os
 import select
 import signal
 import socket
-import struct
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from atoll.errors import AlreadyExists, EngineFailed, Unsupported
-from atoll.host import frame_filter, process
-from atoll.host.sockets import address_of, connect
+from atoll.errors import EngineFailed, Unsupported
+from atoll.host import frame_filter, helper_jail, process, slirp
+from atoll.host.jail import Jail
+from atoll.host.sockets import connect
+from atoll.host.spawn import Program, spawn
 from atoll.model.launch import UserNetwork
 from atoll.model.spec import PortSpec
 
-PROGRAM = "slirp4netns"
 GUEST = "10.0.2.15"
 """The address that the helper's DHCP gives first."""
 NOWHERE = "240.0.0.1"
 """No host's address (RFC 1112, section 4): who must use it as its own gets no connection out."""
 START_TIME = 20.0
 """Seconds until a helper must be ready; it takes 5 ms on an idle computer."""
-ANSWER_TIME = 5
 _PAUSE = 0.0005
 
 
@@ -58,36 +52,42 @@ class Link:
         os.close(self.lifeline)
 
 
-def command(network: UserNetwork, *, lifeline: int, ready: int, sandbox: bool, root: bool) -> list[str]:
-    """The helper's command line, to be run in the folder of its sockets: long paths don't fit into their addresses.
+@dataclass(frozen=True)
+class _Helper:
+    """One that has just been started."""
 
-    An ordinary user's helper gets a user namespace that we make: its own would be closed to us, and so would be the end
-    of the link that the filter has to be put on.
+    pid: int
+    handle: int
+    """A pidfd."""
+    errors: int
+    """What it says."""
+
+    def close(self) -> None:
+        os.close(self.handle)
+        os.close(self.errors)
+
+
+def command(network: UserNetwork, *, lifeline: int, ready: int) -> tuple[str, ...]:
+    """The helper's command line, to be run in the folder of its sockets.
+
+    It isn't given its own sandbox, whose root has /etc and /run in it: it has ours.
     """
-    words = [] if root or not sandbox else ["unshare", "--user", "--map-root-user", "--"]
-    words += [PROGRAM, "--target-type=bess", f"--exit-fd={lifeline}", f"--ready-fd={ready}"]
+    words = [process.find(slirp.PROGRAM), "--target-type=bess", f"--exit-fd={lifeline}", f"--ready-fd={ready}"]
     words += [f"--api-socket={Path(network.control).name}", "--enable-seccomp"]
-    words += ["--enable-sandbox"] if sandbox else []
     words += [f"--outbound-addr={NOWHERE}", "--disable-dns"] if network.restrict else ["--enable-ipv6"]
-    return [*words, Path(network.link).name]
+    return (*words, Path(network.link).name)
 
 
-def open_link(network: UserNetwork) -> Link:
-    """Start the helper of a network, guarded and with its ports published.
+def open_link(network: UserNetwork, *, groups: tuple[str, ...] = ()) -> Link:
+    """Start the helper of a network, in these control groups, guarded and with its ports published.
 
     Raises `MissingTool`, `EngineFailed`, `AlreadyExists` for a port that is taken; then no helper is left.
     """
-    process.find(PROGRAM)
     if network.restrict:
         _check_nowhere()
     let_go(Path(network.link))
     try:
-        return _start(network, sandbox=True, weaker="")
-    except _Refused as error:
-        reason = str(error)
-    weaker = f"the network of {network.name.removeprefix('nic-')} has no file system of its own: {reason}"
-    try:
-        return _start(network, sandbox=False, weaker=weaker)
+        return _start(network, groups)
     except _Refused as error:
         raise EngineFailed("the network's helper ended at its start", str(error), "Run `atoll doctor`.") from error
 
@@ -106,62 +106,71 @@ def _check_nowhere() -> None:
     )
 
 
-def _start(network: UserNetwork, *, sandbox: bool, weaker: str) -> Link:
+def _start(network: UserNetwork, groups: tuple[str, ...]) -> Link:
+    files = () if network.restrict else ("/etc/resolv.conf",)
+    shut_in = helper_jail.for_user_network(
+        process.find(slirp.PROGRAM), folder=Path(network.link).parent, files=files, groups=groups
+    )
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as on_failure:
         hanging_up, lifeline = os.pipe()
         on_failure.callback(os.close, lifeline)
         ready, telling = os.pipe()
         stack.callback(os.close, ready)
         try:
-            helper = _spawn(network, hanging_up, telling, sandbox=sandbox)
+            helper = _spawn(network, shut_in.jail, hanging_up, telling)
         finally:
             os.close(hanging_up)
             os.close(telling)
-        on_failure.callback(_end, helper)
-        assert helper.stderr is not None
         # Later on nobody reads what it says: a guest could fill a log with it.
-        stack.enter_context(helper.stderr)
+        stack.callback(helper.close)
+        on_failure.callback(_end, helper)
         frames = on_failure.enter_context(_connected(helper, Path(network.link)))
         if not _is_ready(ready):
             raise _Refused(_last_words(helper))
         Path(network.link).unlink(missing_ok=True)
         frame_filter.guard(helper.pid, restrict=network.restrict, udp_ports=_of_udp(network.ports))
         for port in network.ports:
-            _add(Path(network.control), port)
+            with _answering():
+                slirp.add(Path(network.control), GUEST, port)
         on_failure.pop_all()
+        weaker = f"the network of {network.name.removeprefix('nic-')}: {shut_in.weaker}" if shut_in.weaker else ""
         return Link(frames=frames, lifeline=lifeline, weaker=weaker)
 
 
-def _spawn(network: UserNetwork, hanging_up: int, telling: int, *, sandbox: bool) -> "subprocess.Popen[bytes]":
+def _spawn(network: UserNetwork, jail: Jail, hanging_up: int, telling: int) -> _Helper:
     folder = Path(network.link).parent
-    words = command(network, lifeline=hanging_up, ready=telling, sandbox=sandbox, root=os.geteuid() == 0)
-    words = [process.find(word) if word in (PROGRAM, "unshare") else word for word in words]
+    slirp.make_workplace(folder)
+    errors, saying = os.pipe()
+    nothing = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    program = Program(
+        argv=command(network, lifeline=hanging_up, ready=telling),
+        descriptors=(hanging_up, telling),
+        output=nothing,
+        errors=saying,
+        folder=str(folder),
+    )
     try:
-        return subprocess.Popen(
-            words,
-            pass_fds=(hanging_up, telling),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            # None of ours; this one is for people who ask whose it is.
-            env={"ATOLL_FOLDER": str(folder)},
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise EngineFailed(f"{words[0]} can't be started", str(error), "Run `atoll doctor`.") from error
+        pid = spawn(program, jail)
+        return _Helper(pid=pid, handle=os.pidfd_open(pid), errors=errors)
+    except BaseException as error:
+        os.close(errors)
+        if isinstance(error, ProcessLookupError):
+            raise _Refused("it said nothing") from error
+        raise
+    finally:
+        os.close(saying)
+        os.close(nothing)
 
 
-def _connected(helper: "subprocess.Popen[bytes]", path: Path) -> socket.socket:
+def _connected(helper: _Helper, path: Path) -> socket.socket:
     """A connection, as soon as the helper listens: it tells nobody when that is. Raises `_Refused`."""
     deadline = time.monotonic() + START_TIME
     while True:
         try:
             return connect(path, kind=socket.SOCK_SEQPACKET)
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-            if helper.poll() is not None or time.monotonic() > deadline:
+            if _has_ended(helper, seconds=_PAUSE) or time.monotonic() > deadline:
                 raise _Refused(_last_words(helper)) from None
-        time.sleep(_PAUSE)
 
 
 def _is_ready(ready: int) -> bool:
@@ -171,19 +180,26 @@ def _is_ready(ready: int) -> bool:
     return bool(poll.poll(START_TIME * 1000)) and os.read(ready, 1) != b""
 
 
-def _end(helper: "subprocess.Popen[bytes]") -> None:
+def _has_ended(helper: _Helper, *, seconds: float) -> bool:
+    return bool(select.select([helper.handle], [], [], seconds)[0])
+
+
+def _end(helper: _Helper) -> None:
     """Kill it, and the child of its own that it has while it waits for us."""
-    if helper.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(helper.pid, signal.SIGKILL)
-        helper.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(os.getpgid(helper.pid), signal.SIGKILL)
+    _has_ended(helper, seconds=START_TIME)
 
 
-def _last_words(helper: "subprocess.Popen[bytes]") -> str:
+def _last_words(helper: _Helper) -> str:
     """What it said last; it is ended for that."""
     _end(helper)
-    assert helper.stderr is not None
-    lines = [line.strip() for line in helper.stderr.read(1 << 16).decode(errors="replace").splitlines()]
+    os.set_blocking(helper.errors, False)
+    try:
+        said = os.read(helper.errors, 1 << 16).decode(errors="replace")
+    except BlockingIOError:
+        said = ""
+    lines = [line.strip() for line in said.splitlines()]
     # Its own functions add that they failed, after the cause.
     told = [line for line in lines if line and not line.endswith(" failed") and not line.startswith("do_slirp")]
     return told[-1] if told else "it said nothing"
@@ -201,22 +217,19 @@ def let_go(link: Path) -> None:
 
 def helper_of(control: Path) -> int | None:
     """The process that listens there; None when it has ended."""
-    try:
-        with _called(control) as client:
-            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    except OSError:
-        return None
-    return int(struct.unpack("3i", credentials)[0])
+    return slirp.listener(control)
 
 
 def publish(control: Path, port: PortSpec, *, restrict: bool) -> None:
     """Publish a port now. Raises `AlreadyExists` when the helper can't have it, `EngineFailed`."""
-    _add(control, port)
+    with _answering():
+        slirp.add(control, GUEST, port)
     if port.protocol == "udp":
         try:
             _guard_again(control, published(control), restrict=restrict)
         except EngineFailed:
-            _remove(control, port)
+            with _answering():
+                slirp.remove(control, GUEST, port)
             raise
 
 
@@ -226,9 +239,11 @@ def unpublish(control: Path, port: PortSpec, *, restrict: bool) -> None:
         # Its ports went with it.
         return
     if port.protocol == "udp":
-        kept = [there for there in published(control) if _place(there) != _place(port)]
+        place = (port.protocol, port.host_address, port.host_port)
+        kept = [each for each in published(control) if (each.protocol, each.host_address, each.host_port) != place]
         _guard_again(control, kept, restrict=restrict)
-    _remove(control, port)
+    with _answering():
+        slirp.remove(control, GUEST, port)
 
 
 def _guard_again(control: Path, ports: Sequence[PortSpec], *, restrict: bool) -> None:
@@ -243,73 +258,17 @@ def _of_udp(ports: Sequence[PortSpec]) -> list[int]:
     return [port.guest_port for port in ports if port.protocol == "udp"]
 
 
-def _place(port: PortSpec) -> tuple[str, str, int]:
-    return port.protocol, port.host_address, port.host_port
-
-
-def _add(control: Path, port: PortSpec) -> None:
-    rule = {"host_addr": port.host_address, "host_port": port.host_port}
-    said = _ask(
-        control, "add_hostfwd", {"proto": port.protocol} | rule | {"guest_addr": GUEST, "guest_port": port.guest_port}
-    )
-    if "error" in said:
-        raise AlreadyExists(
-            f"port {port.host_port} on {port.host_address} can't be published",
-            "another program has it, or this user may not have it",
-            "Choose another with -p.",
-        )
-
-
-def _remove(control: Path, port: PortSpec) -> None:
-    for number, there in _rules(control):
-        if _place(there) == _place(port):
-            _ask(control, "remove_hostfwd", {"id": number})
-
-
 def published(control: Path) -> list[PortSpec]:
     """The ports that are published. Raises `EngineFailed`."""
-    return [port for _, port in _rules(control)]
+    with _answering():
+        return [port for _, port in slirp.published(control)]
 
 
-def _rules(control: Path) -> Iterator[tuple[int, PortSpec]]:
-    for entry in _ask(control, "list_hostfwd", {}).get("entries", []):
-        yield (
-            entry["id"],
-            PortSpec(
-                protocol=entry["proto"],
-                host_address=entry["host_addr"],
-                host_port=entry["host_port"],
-                guest_port=entry["guest_port"],
-            ),
-        )
-
-
-def _called(control: Path) -> socket.socket:
-    """A connection to the helper, which lets only one wait: so this waits for the one before. Raises `OSError`."""
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
     try:
-        # Python's own timeouts make a connection fail at once where it would have to wait.
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            client.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", ANSWER_TIME, 0))
-        with address_of(control) as address:
-            client.connect(address)
-    except BaseException:
-        client.close()
-        raise
-    return client
-
-
-def _ask(control: Path, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """One question: the helper hangs up after its answer, which comes within a millisecond."""
-    question = {"execute": verb} | ({"arguments": arguments} if arguments else {})
-    try:
-        with _called(control) as client:
-            client.sendall(json.dumps(question).encode())
-            client.shutdown(socket.SHUT_WR)
-            answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
-        found: dict[str, Any] = json.loads(answer)
-    except (OSError, ValueError) as error:
+        yield
+    except OSError as error:
         raise EngineFailed(
-            "the network's helper doesn't answer", str(error) or "it said nothing", "Restart the VM: `atoll restart`."
+            "the network's helper doesn't answer", str(error), "Restart the VM: `atoll restart`."
         ) from error
-    return found

@@ -56,7 +56,7 @@ _LATER = (
 
 # `no_timer_check`: a loaded host delays the timer so much that the kernel gives up on it. The rest is start-up work
 # that no guest here needs.
-_CMDLINE = "quiet root=LABEL=root rw apparmor=0 audit=0 selinux=0 ipv6.disable=1 cryptomgr.notests"
+_CMDLINE = "quiet root=LABEL=root rw apparmor=0 audit=0 selinux=0 cryptomgr.notests"
 _X86_CMDLINE = "no_timer_check"
 
 

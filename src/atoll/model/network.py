@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
+
+from atoll.model.groups import Group
 
 Mode = Literal["private", "nat"]
 RESERVED_NAMES = frozenset({"user", "none"})
@@ -23,6 +25,8 @@ class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     gateway: str
     """The network's own address: it answers for names, hands out addresses and, in mode nat, leads out."""
+    subnet6: str | None = None
+    """`fd5a:…::/64`: its IPv6 addresses; none where guests speak IPv4 only."""
 
 
 class Attached(Struct, frozen=True, kw_only=True):
@@ -33,6 +37,22 @@ class Attached(Struct, frozen=True, kw_only=True):
     nic: str
     mac: str
     address: str
+    groups: tuple[str, ...] = ()
+    """The security groups whose rules hold for it."""
+    limit: int = 0
+    """Bytes a second that pass in each direction; 0 for all."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """The VM's: rules name VMs by them."""
+    address6: str = ""
+    """Its IPv6 address, where the network has some. It follows from the hardware address."""
+
+
+class Members(Struct, frozen=True, kw_only=True):
+    """Who is on a network, and what their groups say."""
+
+    network: Network
+    attached: tuple[Attached, ...] = ()
+    groups: tuple[Group, ...] = ()
 
 
 class Impairment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -50,6 +50,21 @@ class NicRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     address: str | None = None
     """One of the network's; a free one when None."""
     mac: str | None = None
+    groups: tuple[str, ...] = ()
+    """Security groups."""
+    limit: int = 0
+    """Bytes a second in each direction; 0 for all."""
+
+
+class NicSetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Other rules for a card on a network; None leaves something alone."""
+
+    network: str | None = None
+    """None for the only one that it is on."""
+    groups: tuple[str, ...] | None = None
+    """They take the place of those before."""
+    limit: int | None = None
+    """Bytes a second in each direction; 0 for all."""
 
 
 class NetworkRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +76,8 @@ class NetworkRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     subnet: str | None = None
     dns_domain: str | None = None
     """`NAME.atoll` when None."""
+    ipv6: bool = False
+    """It has IPv6 addresses as well, of a prefix of its own that is chosen once."""
 
 
 class ImpairRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

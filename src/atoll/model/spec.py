@@ -61,6 +61,10 @@ class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The id of the network that it is on; None for one of its own; empty when its cable leads nowhere."""
     address: str | None = None
     """Its IPv4 address there, given for as long as it is attached."""
+    groups: tuple[str, ...] = ()
+    """The security groups whose rules hold for it there, in this order. One that isn't there allows nothing."""
+    limit: int = 0
+    """Bytes a second that pass in each direction there; 0 for all."""
 
 
 class ShareSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import secrets
 from collections.abc import Collection, Iterable
 
 from atoll.errors import AlreadyExists, InvalidInput
@@ -9,6 +10,7 @@ from atoll.model.names import shown
 from atoll.model.network import RESERVED_NAMES, Network
 
 OWN_DOMAIN = "atoll"
+LINK_LOCAL6 = "fe80::/64"
 POOL = ipaddress.IPv4Network("10.213.0.0/16")
 """Where subnets come from that nobody chose: seldom used by others."""
 UPLINK = ipaddress.IPv4Network("198.19.255.0/24")
@@ -22,6 +24,22 @@ _ONE_CARD = re.compile(r"(?!00(:00){5})[0-9a-f][02468ace](:[0-9a-f]{2}){5}")
 
 def gateway_of(subnet: str) -> str:
     return str(ipaddress.IPv4Network(subnet)[1])
+
+
+def new_subnet6() -> str:
+    """A unique local prefix, made by chance as RFC 4193 has it."""
+    return str(ipaddress.IPv6Network((0xFD << 120 | secrets.randbits(56) << 64, 64)))
+
+
+def gateway6_of(subnet6: str) -> str:
+    return str(ipaddress.IPv6Network(subnet6)[1])
+
+
+def address6(subnet6: str, mac: str) -> str:
+    """The address that a guest makes of a prefix and its card's hardware address (RFC 4291, appendix A)."""
+    first, *others = bytes.fromhex(mac.replace(":", ""))
+    card = bytes([first ^ 2, *others[:2], 0xFF, 0xFE, *others[2:]])
+    return str(ipaddress.IPv6Network(subnet6)[int.from_bytes(card)])
 
 
 def _subnet(network: Network) -> ipaddress.IPv4Network:

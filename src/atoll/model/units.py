@@ -89,3 +89,13 @@ def format_duration(seconds: float) -> str:
     while parts[0][0] == 0:
         parts.pop(0)
     return "".join(f"{count}{unit}" for count, unit in parts[:2] if count)
+
+
+def format_rate(rate: int) -> str:
+    """Bytes a second as `10Mbit`; `none` for no limit."""
+    if not rate:
+        return "none"
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if rate * 8 >= size:
+            return f"{rate * 8 / size:.4g}{unit}bit"
+    return f"{rate * 8}bit"

@@ -111,7 +111,7 @@ def _helpers(steps: LaunchPlan, weaker: tuple[str, ...]) -> tuple[Barrier, ...]:
     """What keeps in the programs that serve its network cards."""
     if not any(isinstance(network, UserNetwork) for network in steps.networks):
         return ()
-    why = "; ".join(weaker) or "slirp4netns: its own root, filters of system calls and of frames"
+    why = "; ".join(weaker) or "slirp4netns: its own root and user, filters of system calls and of frames"
     return (Barrier(name="network helper", holds=not weaker, why=why),)
 
 
@@ -223,7 +223,7 @@ async def kill_strays(services: Services, vm: Vm) -> None:
     for pid in engines_of(vm):
         if pid != recorded:
             await kill(pid)
-    for link in services.layout.vm(vm.id).run.glob("*.link"):
+    for link in services.layout.vm(vm.id).run.glob("*.net/link"):
         user_network.let_go(link)
     if recorded is None:
         await networks_ended(services, vm)
@@ -232,7 +232,7 @@ async def kill_strays(services: Services, vm: Vm) -> None:
 
 async def networks_ended(services: Services, vm: Vm) -> None:
     """Until the helpers of a QEMU that is gone are gone as well: a moment, in which they still have its ports."""
-    for network in services.layout.vm(vm.id).run.glob("*.net"):
+    for network in services.layout.vm(vm.id).run.glob("*.net/control"):
         pid = user_network.helper_of(network)
         if pid is None:
             continue

@@ -3,6 +3,7 @@
 step      do                                                     undo
 apply     what QEMU can change live: add CPUs, move the balloon  the balloon back (added CPUs stay until the restart)
 record    the new values, for now or for the next start          (point of no return)
+tell      rules of networks that mean it by a label that changed
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from atoll.model.spec import VmSpec
 from atoll.model.state import Phase
 from atoll.model.units import format_size
 from atoll.model.vm import Change, Vm
-from atoll.operations import disk, guest_setup, observe, resolve
+from atoll.operations import disk, guest_setup, networks, observe, resolve
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control
 from atoll.operations.services import Services
@@ -210,11 +211,17 @@ async def _record(context: Context[ConfigureRequest]) -> None:
     context.services.records.add_event("vm.changed", vm_id=vm.id, name=vm.name)
 
 
+async def _tell(context: Context[ConfigureRequest]) -> None:
+    if context.request.change.labels:
+        await networks.tell_names(context.services, networks.shared_by(context.vm.spec, context.vm.pending))
+
+
 SET = Verb(
     name="set",
     request=ConfigureRequest,
     steps=(
         Step("apply", _apply, _unapply),
         Step("record", _record, final=True),
+        Step("tell", _tell),
     ),
 )

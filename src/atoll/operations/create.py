@@ -77,6 +77,7 @@ async def _resolved(request: CreateRequest, services: Services) -> NewVm:
     spec = resolve.resolve(request, image=image, cdroms=cdroms, caps=caps, host_cpus=os.cpu_count() or 1, seed=seed)
     if request.nics:
         spec = resolve_nics.with_nics(spec, request, services.records.networks())
+        networks.check_groups(services, (name for nic in spec.nics for name in nic.groups))
     if request.shares:
         from atoll.operations.shares import with_shares
 

@@ -42,6 +42,8 @@ async def create(request: NetworkRequest, *, services: Services) -> Network:
             raise InvalidInput(f"the subnet {subnet} can't be", f"this computer reaches {hidden}", "Choose another.")
     else:
         subnet = subnets.free_subnet([*(other.subnet for other in others), *host_routes()])
+    if request.ipv6 and not Path("/proc/sys/net/ipv6").exists():
+        raise Unsupported("the network can't have IPv6", "this computer's kernel has none", "Leave --ipv6 away.")
     domain = subnets.check_domain(request.dns_domain or f"{request.name}.{subnets.OWN_DOMAIN}")
     network = Network(
         id=new_id(),
@@ -51,6 +53,7 @@ async def create(request: NetworkRequest, *, services: Services) -> Network:
         gateway=subnets.gateway_of(subnet),
         domain=domain,
         created_at=time.time(),
+        subnet6=subnets.new_subnet6() if request.ipv6 else None,
     )
     await perform(CREATE, network, services=services, subject=network.id, subject_name=network.name)
     return network

@@ -35,6 +35,7 @@ class NicChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 async def attach(vm: Vm, request: NicRequest, *, services: Services) -> tuple[NicSpec, Change]:
     """A further card, live where QEMU can. Raises `InvalidInput`, `NotFound` (network), `AlreadyExists`."""
     nic = resolve_nics.card(request, services.records.networks(), _all_nics(vm))
+    networks.check_groups(services, nic.groups)
     devices.assign_addresses(_with_nics(vm.pending or vm.spec, (*(vm.pending or vm.spec).nics, nic), {}))
     wanted = NicChange(vm_id=vm.id, nic=nic)
     context = await perform(ATTACH, wanted, services=services, subject=vm.id, subject_name=vm.name)

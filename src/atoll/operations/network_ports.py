@@ -2,7 +2,7 @@
 
 import contextlib
 
-from atoll.errors import AlreadyExists, NetworkFailed
+from atoll.errors import AlreadyExists
 from atoll.host import uplink
 from atoll.layout import NetworkPaths
 from atoll.model.spec import NicSpec, PortSpec
@@ -13,7 +13,7 @@ from atoll.operations.services import Services
 async def publish_all(paths: NetworkPaths, vm_name: str, nic: NicSpec) -> None:
     """Exactly the card's ports, at its start. Those of a run that ended by itself may be there still."""
     assert nic.address is not None
-    there = [port for _, address, port in await uplink.published(paths) if address == nic.address]
+    there = [port for address, port in await uplink.published(paths) if address == nic.address]
     for port in there:
         if port not in nic.ports:
             await uplink.unpublish(paths, nic.address, port)
@@ -40,9 +40,9 @@ async def forward(services: Services, nic: NicSpec, port: PortSpec, *, add: bool
             await uplink.publish(paths, nic.address, port)
         except AlreadyExists as error:
             return error.why
-        except (OSError, NetworkFailed) as error:
+        except OSError as error:
             return f"the network's uplink doesn't answer ({error})"
         return ""
-    with contextlib.suppress(OSError, NetworkFailed):
+    with contextlib.suppress(OSError):
         await uplink.unpublish(paths, nic.address, port)
     return ""

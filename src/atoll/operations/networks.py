@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from atoll.errors import InvalidInput, NotFound
 from atoll.model.names import find
-from atoll.model.network import Impairment, Network, NetworkInfo
+from atoll.model.network import Impairment, Members, Network, NetworkInfo
 from atoll.model.requests import ImpairRequest
 from atoll.model.spec import NOWHERE, NicSpec, VmSpec
 from atoll.model.vm import Vm
@@ -41,6 +41,29 @@ def list_networks(services: Services) -> list[NetworkInfo]:
         )
         for network in services.records.networks()
     ]
+
+
+def members_of(services: Services, network: Network) -> Members:
+    attached = services.records.attached(network.id).get(network.id, ())
+    return Members(network=network, attached=tuple(attached), groups=tuple(services.records.groups()))
+
+
+def check_groups(services: Services, names: Iterable[str]) -> None:
+    """Raises `NotFound` for one that isn't there."""
+    there = {group.name for group in services.records.groups()}
+    for name in names:
+        if name not in there:
+            raise NotFound(f"there is no security group '{name}'", next_step="`atoll net group ls` lists them.")
+
+
+def card_on(vm: Vm, network_id: str | None) -> NicSpec:
+    """The VM's card on a network, or on the only one that it is on. Raises `NotFound`, `InvalidInput`."""
+    on = [nic for nic in vm.spec.nics if nic.network and network_id in (None, nic.network)]
+    if not on:
+        raise NotFound(f"{vm.name} isn't on that network", next_step=f"`atoll show {vm.name}` tells its cards.")
+    if len(on) > 1:
+        raise InvalidInput(f"{vm.name} is on {len(on)} networks", next_step="Say which with --network.")
+    return on[0]
 
 
 def lock_of(network_id: str) -> str:
@@ -89,7 +112,7 @@ def alone(nic: NicSpec) -> NicSpec:
     """
     if nic.network is None:
         return nic
-    return replace(nic, network=NOWHERE, address=None, ports=())
+    return replace(nic, network=NOWHERE, address=None, ports=(), groups=(), limit=0)
 
 
 def still_here(services: Services, nics: Iterable[NicSpec]) -> tuple[NicSpec, ...]:
@@ -128,39 +151,34 @@ async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
     async with locked(services, [nic.network]):
         network = network_of(services, nic.network)
         paths = services.layout.network(network.id)
-        holder = await world.ensure(network, paths, services.records.attached(network.id).get(network.id, ()))
+        members = members_of(services, network)
+        holder = await world.ensure(members, paths)
         if network.mode == "nat":
             await network_ports.publish_all(paths, vm.name, nic)
-        return await world.add_tap(holder, paths, nic.mac, nic.address)
+        return await world.add_tap(holder, paths, members, mac=nic.mac, address=nic.address)
 
 
 async def impair(vm: Vm, request: ImpairRequest, *, services: Services) -> None:
     """Let a VM's cable work badly until the network goes down. Raises `NotFound`, `InvalidInput`, `WrongState`."""
     from atoll.host import network as world
 
-    on = [nic for nic in vm.spec.nics if nic.network]
-    wanted = None if request.network is None else find_network(services, request.network).id
-    on = [nic for nic in on if wanted in (None, nic.network)]
-    if not on:
-        raise NotFound(f"{vm.name} isn't on that network", next_step=f"`atoll show {vm.name}` tells its cards.")
-    if len(on) > 1:
-        raise InvalidInput(f"{vm.name} is on {len(on)} networks", next_step="Say which with --network.")
+    nic = card_on(vm, None if request.network is None else find_network(services, request.network).id)
     if not 0 <= request.loss <= 100 or request.rate < 0:
         raise InvalidInput("no cable can do that", "it loses 0 to 100 %", "Write it like --loss 5%.")
-    (nic,) = on
     assert nic.network
     async with locked(services, [nic.network]):
-        macs = {each.vm: each.mac for each in services.records.attached(nic.network).get(nic.network, ())}
+        members = members_of(services, network_of(services, nic.network))
+        macs = {each.vm: each.mac for each in members.attached}
         for other in request.cut_from:
             if other not in macs or other == vm.name:
                 raise NotFound(f"'{other}' isn't another VM on that network", next_step=f"There are {', '.join(macs)}.")
         cut_from = tuple(macs[other] for other in request.cut_from)
         impairment = Impairment(mac=nic.mac, loss=request.loss, rate=request.rate, cut_from=cut_from)
-        await world.impair(services.layout.network(nic.network), impairment)
+        await world.impair(members, services.layout.network(nic.network), impairment)
 
 
 async def tell_names(services: Services, network_ids: Iterable[str]) -> None:
-    """After VMs came, went or were renamed: let the networks that are up know."""
+    """After VMs came, went or were renamed, or rules were changed: let the networks that are up know."""
     ids = sorted(set(network_ids))
     if not ids:
         return
@@ -170,5 +188,4 @@ async def tell_names(services: Services, network_ids: Iterable[str]) -> None:
         async with locked(services, [each]):
             network = services.records.network(each)
             if network is not None:
-                attached = services.records.attached(each).get(each, ())
-                world.tell_names(network, services.layout.network(each), attached)
+                await world.tell(members_of(services, network), services.layout.network(each))

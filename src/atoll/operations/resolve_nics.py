@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from atoll.errors import AlreadyExists, InvalidInput
-from atoll.model import subnets
+from atoll.model import groups, subnets
 from atoll.model.names import find
 from atoll.model.network import Network
 from atoll.model.requests import CreateRequest, NicRequest
@@ -14,6 +14,8 @@ from atoll.operations.resolve import new_mac
 from atoll.qemu import devices
 
 OWN = "user"
+SLOWEST, FASTEST = 8_000, 125_000_000_000
+"""Bytes a second. Slower ones let no large packet through."""
 
 
 def with_nics(spec: VmSpec, request: CreateRequest, networks: Sequence[Network]) -> VmSpec:
@@ -43,12 +45,33 @@ def card(request: NicRequest, networks: Sequence[Network], there: Sequence[NicSp
     if request.network == OWN:
         if request.address is not None:
             raise InvalidInput("a network of its own takes no address", next_step="Name a network, or leave it away.")
+        if request.groups or request.limit:
+            raise InvalidInput(
+                "a network of its own has no groups and no limit",
+                "they are for networks that VMs share",
+                "Make one with `atoll net create`.",
+            )
         return NicSpec(name=f"net{number}", mac=mac)
     network = find(request.network, networks, "network")
     if any(nic.network == network.id for nic in there):
         raise AlreadyExists(f"it is on the network '{network.name}' already", "a VM has one card on each")
     address = None if request.address is None else subnets.check_address(network, request.address)
-    return NicSpec(name=f"net{number}", mac=mac, network=network.id, address=address)
+    return NicSpec(
+        name=f"net{number}", mac=mac, network=network.id, address=address,
+        groups=check_groups(request.groups), limit=check_limit(request.limit),
+    )  # fmt: skip
+
+
+def check_groups(names: Sequence[str]) -> tuple[str, ...]:
+    """Each once. Raises `InvalidInput`."""
+    return tuple(dict.fromkeys(groups.check_name(name) for name in names))
+
+
+def check_limit(limit: int) -> int:
+    """Bytes a second that a card can be held to; 0 for no limit. Raises `InvalidInput`."""
+    if limit and not SLOWEST <= limit <= FASTEST:
+        raise InvalidInput("no card can have that limit", "it is from 64kbit to 1000Gbit", "Write it like 10Mbit.")
+    return limit
 
 
 def _publishing(nics: Sequence[NicSpec], networks: Sequence[Network]) -> int:

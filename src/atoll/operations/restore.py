@@ -85,14 +85,20 @@ def _node(context: Context[RestoreRequest]) -> Snapshot:
 
 
 def restored_spec(vm: Vm, node: Snapshot, new_heads: dict[str, str]) -> VmSpec:
-    """The snapshot's machine on new heads; published ports and shared folders are the host's business, so they stay as
-    they are.
+    """The snapshot's machine on new heads; what is published and shared, and which rules hold for cards that it has,
+    are the host's business, so they stay as they are: the past opens no door that was shut since.
     """
-    published = {nic.name: nic.ports for nic in vm.spec.nics}
-    nics = tuple(replace(nic, ports=published.get(nic.name, ())) for nic in node.spec.nics)
+    now = {nic.name: nic for nic in vm.spec.nics}
+    nics = []
+    for nic in node.spec.nics:
+        today = now.get(nic.name)
+        if today is not None and today.network == nic.network:
+            nic = replace(nic, groups=today.groups, limit=today.limit)
+        nics.append(replace(nic, ports=() if today is None else today.ports))
     disks = tuple(replace(disk, head=new_heads.get(disk.name, "")) for disk in node.spec.disks)
     known = node.spec.shares if node.memory is not None else ()
-    return replace(node.spec, nics=nics, disks=disks, shares=shares.with_known_ports(vm.spec.shares, known))
+    folders = shares.with_known_ports(vm.spec.shares, known)
+    return replace(node.spec, nics=tuple(nics), disks=disks, shares=folders)
 
 
 async def _check(context: Context[RestoreRequest]) -> None:

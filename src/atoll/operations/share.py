@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from atoll.errors import AtollError, GuestFailed, NotFound
 from atoll.host import facts, files, folder_server
-from atoll.host.jail import Folder
+from atoll.host.jail import ServedFolder
 from atoll.model.requests import ShareRequest
 from atoll.model.spec import ShareSpec, VmSpec
 from atoll.model.state import Phase, require
@@ -114,7 +114,7 @@ async def _mount(services: Services, vm: Vm, share: ShareSpec) -> None:
     """A new server behind the port, and the guest on it."""
     paths = services.layout.vm(vm.id)
     files.make_folder(paths.logs)
-    served = folder_server.serve(Folder(path=share.host_path, read_only=share.read_only), log=paths.share_log)
+    served = folder_server.serve(ServedFolder(path=share.host_path, read_only=share.read_only), log=paths.share_log)
     with served.link:
         server = shares.Server(process=served.process, at=time.time())
         files.write_atomically(paths.share(share.number), msgspec.json.encode(server))

@@ -11,6 +11,7 @@ from typing import BinaryIO, Literal, Protocol
 from atoll.model.backup import Backup, Keep, Pruned, Verified
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
+from atoll.model.groups import GroupInfo
 from atoll.model.image import Image
 from atoll.model.network import Network, NetworkInfo
 from atoll.model.operation import Operation, Progress
@@ -22,6 +23,7 @@ from atoll.model.requests import (
     ImportRequest,
     NetworkRequest,
     NicRequest,
+    NicSetRequest,
     PullRequest,
     SetRequest,
     ShareRequest,
@@ -151,6 +153,9 @@ class AsyncVm(Protocol):
     async def net_attach(self, request: NicRequest | str) -> tuple[NicSpec, Change]:
         """A card on a network, at once where it can be; a name alone is a network's."""
 
+    async def net_set(self, request: NicSetRequest) -> list[Change]:
+        """Other security groups, or another limit, for a card on a network; at once."""
+
     async def net_detach(self, network: str) -> Change:
         """Take the card on a network away, at once where the guest lets go of it."""
 
@@ -271,8 +276,25 @@ class AsyncPools(Protocol):
         """Remove those that wait; returns how many there were."""
 
 
+class AsyncGroups(Protocol):
+    """Security groups: rules, such as `allow in tcp 80 from any`, for cards on networks that VMs share."""
+
+    async def ls(self) -> list[GroupInfo]: ...
+    async def show(self, name: str) -> GroupInfo: ...
+    async def create(self, name: str, rules: Sequence[str] = ()) -> GroupInfo: ...
+
+    async def set(self, name: str, rules: Sequence[str]) -> GroupInfo:
+        """Other rules in place of those that it has; they hold at once for machines that run."""
+
+    async def rm(self, name: str) -> None:
+        """Raises `WrongState` while cards have it, or rules of others mean it."""
+
+
 class AsyncNetworks(Protocol):
     """Networks that VMs share. They come up when a VM on them starts."""
+
+    @property
+    def groups(self) -> AsyncGroups: ...
 
     async def ls(self) -> list[NetworkInfo]: ...
     async def show(self, reference: str) -> NetworkInfo: ...
@@ -403,6 +425,7 @@ class AsyncHost(Protocol):
 
 
 __all__ = [
-    "AsyncBackups", "AsyncHost", "AsyncImages", "AsyncNetworks", "AsyncOperations", "AsyncPools", "AsyncVm", "Terminal",
+    "AsyncBackups", "AsyncGroups", "AsyncHost", "AsyncImages", "AsyncNetworks", "AsyncOperations", "AsyncPools",
+    "AsyncVm", "Terminal",
     "Vm",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from atoll.model.requests import CreateRequest
 from atoll.model.vm import ExecRequest, ExecResult
 from atoll.platform.api import (
     AsyncBackups,
+    AsyncGroups,
     AsyncHost,
     AsyncImages,
     AsyncNetworks,
@@ -200,6 +201,7 @@ class Vm(_Handle[AsyncVm]):
     share_add = _blocking(AsyncVm.share_add)
     share_rm = _blocking(AsyncVm.share_rm)
     net_attach = _blocking(AsyncVm.net_attach)
+    net_set = _blocking(AsyncVm.net_set)
     net_detach = _blocking(AsyncVm.net_detach)
     net_impair = _blocking(AsyncVm.net_impair)
     snapshot = _blocking(AsyncVm.snapshot)
@@ -290,8 +292,22 @@ class Pools(_Handle[AsyncPools]):
         return Vm(self._calls.wait_for(lambda: self._inner.take(snapshot, name)), self._calls)
 
 
+class Groups(_Handle[AsyncGroups]):
+    """Security groups; see `platform/api.py`."""
+
+    ls = _blocking(AsyncGroups.ls)
+    show = _blocking(AsyncGroups.show)
+    create = _blocking(AsyncGroups.create)
+    set = _blocking(AsyncGroups.set)
+    rm = _blocking(AsyncGroups.rm)
+
+
 class Networks(_Handle[AsyncNetworks]):
     """The networks of a host; see `platform/api.py`."""
+
+    @property
+    def groups(self) -> Groups:
+        return Groups(self._inner.groups, self._calls)
 
     ls = _blocking(AsyncNetworks.ls)
     show = _blocking(AsyncNetworks.show)
@@ -411,4 +427,4 @@ class Host(_Handle[AsyncHost]):
         return self._inner.notices()
 
 
-__all__ = ["Backups", "BlockingTerminal", "Host", "Images", "Networks", "Operations", "Pools", "Vm"]
+__all__ = ["Backups", "BlockingTerminal", "Groups", "Host", "Images", "Networks", "Operations", "Pools", "Vm"]

@@ -1,5 +1,8 @@
-"""The networks of this machine."""
+"""The networks of this machine, and its security groups."""
 
+from collections.abc import Sequence
+
+from atoll.model.groups import GroupInfo
 from atoll.model.network import Network, NetworkInfo
 from atoll.model.requests import NetworkRequest
 from atoll.operations.services import Services
@@ -10,6 +13,10 @@ class LocalNetworks:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+
+    @property
+    def groups(self) -> "LocalGroups":
+        return LocalGroups(self._services)
 
     async def ls(self) -> list[NetworkInfo]:
         from atoll.operations.networks import list_networks
@@ -33,3 +40,38 @@ class LocalNetworks:
         from atoll.operations.networks import find_network
 
         await remove(find_network(self._services, reference), services=self._services, force=force)
+
+
+class LocalGroups:
+    """The security groups of this machine."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def ls(self) -> list[GroupInfo]:
+        from atoll.operations.network_groups import list_groups
+
+        return list_groups(self._services)
+
+    async def show(self, name: str) -> GroupInfo:
+        from atoll.operations.network_groups import find_group
+
+        wanted = find_group(self._services, name)
+        return next(info for info in await self.ls() if info.name == wanted.name)
+
+    async def create(self, name: str, rules: Sequence[str] = ()) -> GroupInfo:
+        from atoll.operations.network_groups import create_group
+
+        await create_group(name, rules, services=self._services)
+        return await self.show(name)
+
+    async def set(self, name: str, rules: Sequence[str]) -> GroupInfo:
+        from atoll.operations.network_groups import set_group
+
+        await set_group(name, rules, services=self._services)
+        return await self.show(name)
+
+    async def rm(self, name: str) -> None:
+        from atoll.operations.network_groups import remove_group
+
+        await remove_group(name, services=self._services)

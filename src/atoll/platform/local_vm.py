@@ -11,7 +11,7 @@ from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
 from atoll.model.backup import Backup
 from atoll.model.difference import Difference
-from atoll.model.requests import DiskRequest, ImpairRequest, NicRequest, SetRequest, ShareRequest
+from atoll.model.requests import DiskRequest, ImpairRequest, NicRequest, NicSetRequest, SetRequest, ShareRequest
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
 from atoll.model.state import require
@@ -282,6 +282,11 @@ class LocalVm:
 
         wanted = NicRequest(network=request) if isinstance(request, str) else request
         return await attach(self._record(), wanted, services=self._services)
+
+    async def net_set(self, request: NicSetRequest) -> list[Change]:
+        from atoll.operations.network_groups import set_card
+
+        return await set_card(self._record(), request, services=self._services)
 
     async def net_detach(self, network: str) -> Change:
         from atoll.operations.network_nics import detach

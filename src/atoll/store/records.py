@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from atoll.model.groups import Group
 from atoll.model.image import Image, Layer
 from atoll.model.network import Attached, Network
 from atoll.model.operation import Operation
@@ -140,6 +141,15 @@ class Records(Protocol):
 
     def attached(self, network_id: str | None = None) -> dict[str, list[Attached]]:
         """The cards on each network, or on one, by the network's id."""
+
+    def groups(self) -> list[Group]:
+        """All security groups, by their names."""
+
+    def put_group(self, group: Group) -> None:
+        """Add or replace. Raises `NotFound` when its rules mean a group that isn't there."""
+
+    def remove_group(self, name: str) -> None:
+        """Idempotent. Raises `WrongState` while cards have it or rules of others mean it."""
 
     def operations(self, *, unfinished: bool = False, limit: int = 200) -> list[Operation]:
         """The newest first; `unfinished` are those that run, are being undone, or are stuck."""

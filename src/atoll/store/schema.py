@@ -79,4 +79,13 @@ MIGRATIONS: tuple[str, ...] = (
     ) STRICT;
     CREATE INDEX nics_by_vm ON nics(vm_id);
     """,
+    """
+    CREATE TABLE security_groups (
+        name TEXT PRIMARY KEY,
+        created_at REAL NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    ALTER TABLE nics ADD COLUMN security_groups TEXT NOT NULL DEFAULT '';
+    ALTER TABLE nics ADD COLUMN rate INTEGER NOT NULL DEFAULT 0;
+    """,
 )

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from atoll.errors import AlreadyExists, NotFound, RecordsFailed
+from atoll.model.groups import Group
 from atoll.model.image import Image, Layer
 from atoll.model.network import Attached, Network
 from atoll.model.operation import Operation
@@ -231,6 +232,18 @@ class SqliteRecords:
     def attached(self, network_id: str | None = None) -> dict[str, list[Attached]]:
         with told(self._path):
             return networks.attached(self._rows(networks.ATTACHED, network_id, network_id))
+
+    def groups(self) -> list[Group]:
+        with told(self._path):
+            return networks.read_groups(self._rows("SELECT record FROM security_groups ORDER BY name"))
+
+    def put_group(self, group: Group) -> None:
+        with self._transaction() as db:
+            networks.put_group(db, group)
+
+    def remove_group(self, name: str) -> None:
+        with self._transaction() as db:
+            networks.remove_group(db, name)
 
     # For fsck
 
