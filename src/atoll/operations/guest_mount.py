@@ -50,22 +50,26 @@ n=$1 folder=$2 options=$3 run=/run/atoll.share.$1
 PATH="${PATH:-/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}"
 command -v sshfs >/dev/null || exit 96
 [ -c /dev/fuse ] || modprobe fuse
-i=0
-until port "org.atoll.share.$n"; do
-    [ $((i += 1)) -lt 100 ] || exit 97
-    sleep 0.05
-done
-mkdir -p "$folder" || exit 98
 scope=
 # The agent's service may be started anew; what it started otherwise ends with it.
 [ -d /run/systemd/system ] && command -v systemd-run >/dev/null && scope='systemd-run --quiet --scope --collect'
-$scope sshfs -o "$options" host:. "$folder" <>"$p" >&0 2>"$run.log" &
-pid=$!
-echo "$pid" >"$run"
-i=0
-until grep -q "^atoll\.$n " /proc/mounts; do
-    kill -0 "$pid" 2>/dev/null && [ $((i += 1)) -lt 200 ] || { tail -n 3 "$run.log" >&2; exit 98; }
-    sleep 0.05
+mkdir -p "$folder" || exit 98
+once() {
+    port "org.atoll.share.$n" || return 97
+    $scope sshfs -o "$options" host:. "$folder" <>"$p" >&0 2>"$run.log" &
+    pid=$! i=0
+    echo "$pid" >"$run"
+    until grep -q "^atoll\.$n " /proc/mounts; do
+        kill -0 "$pid" 2>/dev/null && [ $((i += 1)) -lt 200 ] || return 98
+        sleep 0.05
+    done
+}
+tries=0
+# A port that has just been plugged may not be there yet, and one of its name that has just gone still be.
+until once; do
+    code=$?
+    [ $((tries += 1)) -lt 20 ] || { tail -n 3 "$run.log" >&2; exit $code; }
+    sleep 0.2
 done
 """
 )

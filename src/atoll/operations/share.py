@@ -1,7 +1,7 @@
 """share add, share rm; and mounting what a machine that runs is to have
 
     add      check ─ plug a port, if it runs (undo: unplug) ─ record (point of no return) ─ mount
-    rm       unmount and unplug, if it runs (undo: plug and mount) ─ record (point of no return)
+    rm       unmount and unplug, if it runs (undo: plug; it is mounted at the next exec) ─ record (point of no return)
 
 A port has nobody behind it until the guest is about to mount. Whenever a machine begins to run (a boot, memory of its
 own or another's), each share gets a new server and is mounted anew: so a snapshot needn't touch the running machine,
@@ -12,12 +12,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AtollError, GuestFailed, NotFound
+from atoll.errors import AtollError, EngineFailed, GuestFailed, NotFound
 from atoll.host import facts, files, folder_server
 from atoll.host.jail import ServedFolder
 from atoll.model.requests import ShareRequest
@@ -32,6 +33,8 @@ from atoll.operations.services import Services
 from atoll.qemu import devices
 from atoll.qemu.monitor import Monitor
 
+TRIES = 200
+"""To take a port's character device away, with 10 ms in between."""
 READY_TIME = 300.0
 """Seconds that a guest has to boot until its folders are mounted."""
 
@@ -197,10 +200,18 @@ async def _plug_into(monitor: Monitor, share: ShareSpec) -> None:
 
 
 async def _unplug_from(monitor: Monitor, share: ShareSpec) -> None:
-    with contextlib.suppress(AtollError):
+    """What isn't there is fine."""
+    with contextlib.suppress(EngineFailed):
         await monitor.execute("device_del", {"id": devices.share_port_id(share)})
-    with contextlib.suppress(AtollError):
-        await monitor.execute("chardev-remove", {"id": devices.share_name(share)})
+    # The port lets go of its character device a moment later, and there is no event for that.
+    for _ in range(TRIES):
+        there: list[dict[str, Any]] = await monitor.execute("query-chardev")
+        if all(each["label"] != devices.share_name(share) for each in there):
+            return
+        with contextlib.suppress(EngineFailed):
+            await monitor.execute("chardev-remove", {"id": devices.share_name(share)})
+        await asyncio.sleep(0.01)
+    raise EngineFailed(f"QEMU doesn't let go of the port of {share.guest_path}", next_step="Try again.")
 
 
 async def _record(context: Context[ShareChange]) -> None:
@@ -226,12 +237,6 @@ async def _unmount(context: Context[ShareChange]) -> None:
     await _unplug(context)
 
 
-async def _mount_again(context: Context[ShareChange]) -> None:
-    await _plug(context)
-    with contextlib.suppress(AtollError):
-        await _mount(context.services, context.vm, context.request.share)
-
-
 async def _record_removed(context: Context[ShareChange]) -> None:
     vm, share = context.vm, context.request.share
     _put(context, *([replace(share, host_path="")] if context.notes.get("port stays") else []))
@@ -247,5 +252,5 @@ ADD = Verb(
 REMOVE = Verb(
     name="share rm",
     request=ShareChange,
-    steps=(Step("unmount", _unmount, _mount_again), Step("record", _record_removed, final=True)),
+    steps=(Step("unmount", _unmount, _plug), Step("record", _record_removed, final=True)),
 )
