@@ -151,6 +151,16 @@ class NetworkPaths:
         return self.run / "impairments.json"
 
     @property
+    def resolver(self) -> Path:
+        """The /etc/resolv.conf of programs that run in it."""
+        return self.run / "resolv.conf"
+
+    @property
+    def name_switch(self) -> Path:
+        """Their /etc/nsswitch.conf."""
+        return self.run / "nsswitch.conf"
+
+    @property
     def policy(self) -> Path:
         """What the rules that hold were made from."""
         return self.run / "policy.json"

@@ -1,10 +1,10 @@
 /* What a guest of the tests says on its network that busybox can't say: frames made by hand, and UDP.
  *
- *   guest_net send IFACE COUNT [vary]   sends the frames that standard input has, one in hexadecimal a line, COUNT times;
- *                                       with `vary` each time from another hardware address
- *   guest_net hear IFACE SECONDS        prints each frame that arrives, in hexadecimal
- *   guest_net echo PORT                 sends UDP packets back to where they come from, for ever
- *   guest_net ask ADDRESS PORT          sends `hello` by UDP and prints the answer, if one comes in two seconds
+ *   guest_net send IFACE COUNT [OFFSET]   sends the frames that standard input has, one in hexadecimal a line, COUNT times;
+ *                                         with an offset the turn's number is in the two bytes there
+ *   guest_net hear IFACE SECONDS          prints each frame that arrives, in hexadecimal
+ *   guest_net echo PORT                   sends UDP packets back to where they come from, for ever
+ *   guest_net ask ADDRESS PORT            sends `hello` by UDP and prints the answer, if one comes in two seconds
  */
 #include <arpa/inet.h>
 #include <linux/if_packet.h>
@@ -30,7 +30,7 @@ static int packets(const char *interface) {
     return link < 0 || bind(link, (struct sockaddr *)&at, sizeof at) ? -1 : link;
 }
 
-static int send_frames(const char *interface, long count, int vary) {
+static int send_frames(const char *interface, long count, int offset) {
     static unsigned char frames[64][2048];
     static char line[5000];
     size_t lengths[64], number = 0;
@@ -43,10 +43,7 @@ static int send_frames(const char *interface, long count, int vary) {
     }
     for (long turn = 0; turn < count; turn++)
         for (size_t i = 0; i < number; i++) {
-            if (vary) {
-                frames[i][6] = 0x52;
-                memcpy(frames[i] + 8, &turn, 4);
-            }
+            if (offset) frames[i][offset] = turn >> 8, frames[i][offset + 1] = turn;
             while (send(link, frames[i], lengths[i], 0) < 0) usleep(1000);
         }
     return 0;
@@ -95,7 +92,7 @@ static int udp(const char *address, int port) {
 
 int main(int count, char **words) {
     const char *what = count > 1 ? words[1] : "";
-    if (!strcmp(what, "send") && count > 3) return send_frames(words[2], atol(words[3]), count > 4);
+    if (!strcmp(what, "send") && count > 3) return send_frames(words[2], atol(words[3]), count > 4 ? atoi(words[4]) : 0);
     if (!strcmp(what, "hear") && count > 3) return hear(words[2], atoi(words[3]));
     if (!strcmp(what, "echo") && count > 2) return udp(NULL, atoi(words[2]));
     if (!strcmp(what, "ask") && count > 3) return udp(words[2], atoi(words[3]));

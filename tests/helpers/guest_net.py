@@ -32,9 +32,16 @@ async def put_guest_net(vm: Machine) -> None:
     assert result.exit_code == 0, result.stderr
 
 
-async def send_frames(vm: Machine, frames: Sequence[bytes], *, count: int = 1, vary: bool = False) -> None:
-    """From its first card; with `vary` each from another hardware address."""
+async def send_frames(vm: Machine, frames: Sequence[bytes], *, count: int = 1, vary: int | None = None) -> None:
+    """From its first card; with an offset to `vary` each time with another number in the two bytes there."""
     text = "".join(f"{frame.hex()}\n" for frame in frames).encode()
-    words = ["guest_net", "send", "eth0", str(count), *(["vary"] if vary else [])]
+    words = ["guest_net", "send", "eth0", str(count), *([] if vary is None else [str(vary)])]
     result = await vm.exec(words, stdin=text)
     assert result.exit_code == 0, result.stderr
+
+
+async def hear_frames(vm: Machine, seconds: int) -> list[bytes]:
+    """Those that arrive at its first card."""
+    result = await vm.exec(["guest_net", "hear", "eth0", str(seconds)])
+    assert result.exit_code == 0, result.stderr
+    return [bytes.fromhex(line) for line in result.text.split()]

@@ -10,13 +10,15 @@ from msgspec.structs import replace
 from tests.unit.test_network_texts import CARDS, CARDS6, LAB, LAB6, PORTS, PORTS6
 
 from atoll.cli.options import parse_nics
-from atoll.errors import InvalidInput, NotFound, WrongState
+from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
 from atoll.host import group_text
+from atoll.layout import Layout
 from atoll.model.groups import Group, Rule, parse_rule, parse_rules
 from atoll.model.network import Members
 from atoll.model.requests import NicRequest
 from atoll.model.units import format_rate
 from atoll.operations import resolve_nics
+from atoll.platform.local import LocalHost
 from atoll.store.sqlite import SqliteRecords
 
 port = some.integers(1, 65535)
@@ -166,6 +168,29 @@ def test_groups_and_limits_on_the_command_line() -> None:
     ):
         with pytest.raises(InvalidInput, match=why):
             resolve_nics.card(request, [LAB], [])
+
+
+@pytest.mark.parametrize("name", ["", "B B", "Web", "-a", "a-", "x" * 33, "a,b", "a+b", "web\n"])
+async def test_names_that_cannot_be(name: str, tmp_path: Path) -> None:
+    layout = Layout(data=tmp_path / "data", cache=tmp_path / "cache", run=tmp_path / "run")
+    async with LocalHost(layout) as host:
+        with pytest.raises(InvalidInput, match="can't be the name of a security group"):
+            await host.networks.groups.create(name)
+        assert await host.networks.groups.ls() == []
+
+
+async def test_groups_are_made_changed_and_removed(tmp_path: Path) -> None:
+    layout = Layout(data=tmp_path / "data", cache=tmp_path / "cache", run=tmp_path / "run")
+    async with LocalHost(layout) as host:
+        groups = host.networks.groups
+        await groups.create("web", ["allow in any from group:web"])
+        with pytest.raises(AlreadyExists, match="a security group 'web' already"):
+            await groups.create("web")
+        assert (await groups.set("web", ["deny in udp 53"])).rules == ("deny in udp 53 from any",)
+        with pytest.raises(NotFound, match="no security group 'db'"):
+            await groups.show("db")
+        await groups.rm("web")
+        assert await groups.ls() == []
 
 
 def test_groups_in_use_stay(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ To take over a change that is meant: `ATOLL_UPDATE_GOLDEN=1 ./dev test tests/uni
 the diff.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from msgspec.structs import replace
 
 from atoll.cli.options import parse_nics, parse_percent, parse_rate
 from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
-from atoll.host import network_text
-from atoll.host.network_text import Port
+from atoll.host import host_bridge, link_text, network_text
+from atoll.host.host_bridge import HostTap
+from atoll.host.link_text import Link, Port
 from atoll.model import subnets
 from atoll.model.network import Attached, Impairment, Network
 from atoll.model.requests import CreateRequest, NicRequest
@@ -40,6 +42,7 @@ CARDS = [
 LAB6 = replace(LAB, id="3" * 32, name="lab6", subnet6="fd5a:1:2:3::/64")
 CARDS6 = [replace(card, address6=subnets.address6("fd5a:1:2:3::/64", card.mac)) for card in CARDS]
 PORTS = [Port(tap=f"t{number}", mac=card.mac, address=card.address) for number, card in enumerate(CARDS)]
+CABLE = Link(name="t1", index=4, mac=PORTS[1].mac, address=PORTS[1].address)
 
 IMPAIRED = Impairment(mac=CARDS[0].mac, loss=2.5, rate=1250000, cut_from=(CARDS[1].mac, "52:54:00:00:00:99"))
 
@@ -54,10 +57,14 @@ def told(network: Network) -> dict[str, str]:
         "links": network_text.links(network),
         "rules": network_text.rules(network),
         "guards": network_text.guards(ports),
+        "relayed": network_text.guards(ports[:1], relayed=ports[1:])
+        + link_text.relayed_cable(CABLE, inner="i1", outer="r1", bridge_there=False)
+        + link_text.plain_cables([CABLE], ["q1"]),
         "impaired": network_text.guards(ports, [IMPAIRED], {CARDS[1].mac: 8000}),
-        "joined": network_text.joined(ports[0]),
+        "joined": link_text.joined(ports[0]),
         "dns": network_text.dns(network, hosts="/run/hosts", upstream=upstream),
         "dhcp": network_text.dhcp(network, leases="/run/leases"),
+        "resolver": network_text.resolver(network) + network_text.name_switch("passwd: files\nhosts: resolve dns\n"),
         "hosts": network_text.hosts(network, cards),
         "leases": network_text.leases(CARDS),
     }
@@ -72,11 +79,15 @@ def test_what_programs_are_told(network: Network) -> None:
     assert text == golden.read_text()
 
 
-def test_ports_are_read_back() -> None:
-    shown = b'[{"ifname":"t0","ifalias":"52:54:00:00:00:01/10.213.0.2"},{"ifname":"x"},'
-    shown += b'{"ifname":"t1","ifalias":"52:54:00:00:00:02/10.213.0.3/fd5a:1:2:3:5054:ff:fe00:2"}]'
-    assert network_text.ports_of(shown) == [PORTS[0], PORTS6[1]]
-    assert network_text.ports_of(b"") == []
+def test_links_are_read_back() -> None:
+    shown = b"""[{"ifname":"t0","ifindex":3,"master":"br0","ifalias":"52:54:00:00:00:01/10.213.0.2/"},
+        {"ifname":"t1","ifindex":4,"master":"q1","ifalias":"52:54:00:00:00:02/10.213.0.3/fd5a:1:2:3:5054:ff:fe00:2"},
+        {"ifname":"i1","ifindex":5,"master":"q1"},{"ifname":"x","ifindex":6}]"""
+    links = link_text.links_of(shown)
+    assert link_text.ports_of(links) == PORTS[:1]
+    assert link_text.relayed_of(links) == PORTS6[1:]
+    assert [link.name for link in links if not link.mac] == ["i1", "x"]
+    assert link_text.links_of(b"") == []
 
 
 def test_subnets_and_addresses() -> None:
@@ -176,6 +187,22 @@ def vm(name: str, mac: str, address: str | None, network: str = LAB.id) -> Vm:
     return Vm(id=name, name=name, image="", created_at=0, spec=VmSpec(nics=(nic,)))
 
 
+def test_cards_on_a_bridge_of_the_computer_are_recorded_without_addresses(tmp_path: Path) -> None:
+    records = SqliteRecords(tmp_path / "atoll.db")
+    office = replace(LAB, name="office", mode="bridge", bridge="br7", subnet="", gateway="", domain="")
+    records.add_network(office)
+    records.add_vm(vm("web", "52:54:00:00:00:01", None))
+    records.add_vm(vm("db", "52:54:00:00:00:02", None))
+    records.add_vm(vm("fixed", "52:54:00:00:00:03", "192.0.2.9"))
+    found = records.attached(office.id)[office.id]
+    assert [(each.vm, each.address) for each in found] == [("db", ""), ("fixed", "192.0.2.9"), ("web", "")]
+    with pytest.raises(AlreadyExists, match="52:54:00:00:00:02 is taken"):
+        records.add_vm(vm("other", "52:54:00:00:00:02", "192.0.2.10"))
+    assert subnets.check_address(office, "192.0.2.9") == "192.0.2.9"
+    with pytest.raises(InvalidInput, match=r"no VM can have 127\.0\.0\.1"):
+        subnets.check_address(office, "127.0.0.1")
+
+
 def test_each_address_is_recorded_once(tmp_path: Path) -> None:
     records = SqliteRecords(tmp_path / "atoll.db")
     records.add_network(LAB)
@@ -202,3 +229,25 @@ def test_each_address_is_recorded_once(tmp_path: Path) -> None:
     records.remove_network(LAB.id)
     assert records.networks() == [] and records.network(LAB.id) is None
     records.close()
+
+
+def test_guards_on_a_bridge_of_the_computer_speak_of_our_taps_only() -> None:
+    free, fixed = HostTap(tap="at1", mac=CARDS[0].mac), HostTap(tap="at2", mac=CARDS[1].mac, address="192.0.2.9")
+    office = replace(LAB, mode="bridge", bridge="br7", subnet="", gateway="", domain="")
+    text = "".join(
+        f"== {name}\n{content}"
+        for name, content in {
+            "guards": host_bridge.guards(office.id, [free, fixed]),
+            "without": host_bridge.guards(office.id, []),
+            "joined": host_bridge.joined(office, fixed, mtu=9000),
+        }.items()
+    )
+    golden = GOLDEN / "network-office.txt"
+    if os.environ.get("ATOLL_UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    shown = [
+        {"ifname": tap.tap, "ifalias": f"atoll-{office.id} {tap.mac} {tap.address}".strip()} for tap in (free, fixed)
+    ]
+    others = [{"ifname": "at3", "ifalias": f"atoll-{WAN.id} {free.mac} "}, {"ifname": "vnet0"}]
+    assert host_bridge.taps_of(office.id, json.dumps([*shown, *others]).encode()) == [free, fixed]

@@ -1,6 +1,7 @@
 """Backups in a folder: each has the content of its instant, only what changed is copied, nothing half is ever taken."""
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -154,6 +155,24 @@ async def test_what_is_damaged_is_found_and_refused_with_nothing_changed(
         await elsewhere.host.backups.prune(folder, "v", Keep(last=1))
     await elsewhere.host.backups.restore(folder, second.id)
     assert await disagreements(elsewhere.layout) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("mac", "52:54:00:00:00:01 accept"), ("name", "../../../tmp/x"), ("name", "net0\nx")]
+)
+async def test_a_machine_that_can_t_be_is_refused(factory: Factory, folder: Path, part: str, value: str) -> None:
+    """Whoever can write to the folder can make manifests, checksum and all."""
+    vm = await factory.create("tiny", name="v")
+    backup = await vm.backup(folder)
+    path = folder / "backups" / vm.id / f"{backup.id}.json"
+    content = json.loads(path.read_text())["backup"]
+    content["spec"]["nics"][0][part] = value
+    forged = json.dumps(content, separators=(",", ":"))
+    path.chmod(0o644)
+    path.write_text(f'{{"sha256":"{hashlib.sha256(forged.encode()).hexdigest()}","backup":{forged}}}')
+    with pytest.raises(StorageFailed, match=r"its machine can't be: .*the network card"):
+        await factory.host.backups.restore(folder, name="w")
+    assert [info.vm.name for info in await factory.host.ls()] == ["v"]
 
 
 async def test_prune_keeps_what_the_kept_ones_need(factory: Factory, elsewhere: Factory, folder: Path) -> None:

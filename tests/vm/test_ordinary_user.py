@@ -42,6 +42,8 @@ def owners(pid: str) -> set[str]:
 
 def networks_work(person: Person) -> None:
     """A network of two machines that leads out, without a privilege."""
+    words = ("net", "create", "office", "--mode", "bridge", "--bridge", "br0")
+    assert b"networks of mode bridge are root's" in person.run(sys.executable, "-c", ATOLL, *words).stderr
     person.atoll("net", "create", "lab", "--mode", "nat", "--subnet", "10.99.1.0/24")
     person.atoll("run", "tiny", "--name", "other", "--memory", "96MiB", "--network", "lab", "--quiet")
     port = free_port()
@@ -52,6 +54,13 @@ def networks_work(person: Person) -> None:
     person.atoll("exec", "mine", "--", "sh", "-c", found.decode())
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
         assert answer.read() == b"served\n"
+    program = "import urllib.request; print(urllib.request.urlopen('http://other/', timeout=10).read())"
+    assert person.atoll("net", "exec", "lab", "--", sys.executable, "-c", program) == b"b'served\\n'\n"
+    person.atoll("exec", "other", "--", "sh", "-c", "ping 10.99.1.1 >/dev/null 2>&1 &")
+    assert b"captured: 3 packets" in person.atoll("net", "capture", "other", "-c", "3", "-w", "captured")
+    person.atoll("net", "impair", "other", "--delay", "150ms")
+    person.atoll("exec", "mine", "--", "sh", "-c", "ping -c 3 -W 5 other | grep -Eq 'time=([3-9]..|....+)\\.'")
+    person.atoll("net", "impair", "other", "--clear")
     person.atoll("net", "group", "create", "web", "--rule", "allow in tcp 80 from label:role=mine")
     person.atoll("net", "set", "other", "--group", "web", "--limit", "10Mbit")
     fetch = ["exec", "mine", "--", "sh", "-c", "printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 2 other 80"]
@@ -61,7 +70,7 @@ def networks_work(person: Person) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
         assert answer.read() == b"served\n", "a published port leads in still"
     # Whoever waits for the dead may take its time, hence the states.
-    look = ["pgrep", "-a", "-u", str(USER), "-r", "DRS", "-f", "atoll-network|dnsmasq|slirp4netns .* up0"]
+    look = ["pgrep", "-a", "-u", str(USER), "-r", "DRS", "-f", "atoll-network|atoll-relay|dnsmasq|slirp4netns .* up0"]
     pids = person.run(*look).stdout.splitlines()
     assert len(pids) == 6, "a holder, two of dnsmasq with what starts them again, the uplink"
     person.atoll("net", "detach", "mine", "lab")

@@ -153,7 +153,7 @@ def _isolation(info: VmInfo) -> str:
 def _nic(nic: "NicSpec", networks: dict[str, str]) -> str:
     where = "" if nic.network is None else ", leads nowhere"
     if nic.network:
-        where = f" on {networks.get(nic.network, 'a network that is gone')}, {nic.address}"
+        where = f" on {networks.get(nic.network, 'a network that is gone')}{f', {nic.address}' if nic.address else ''}"
         where += f", groups {'+'.join(nic.groups)}" if nic.groups else ""
         where += f", limit {format_rate(nic.limit)}" if nic.limit else ""
     return f"{nic.name} {nic.mac} {nic.model}{where}"

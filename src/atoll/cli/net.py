@@ -1,4 +1,4 @@
-"""`net create`, `ls`, `show`, `rm`, `attach`, `set`, `detach`, `impair`: networks that VMs share."""
+"""`net` and its commands: networks that VMs share, and what is on their cables."""
 
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -6,12 +6,15 @@ import click
 
 from atoll.cli.change import tell_changes
 from atoll.cli.failures import Format
+from atoll.cli.net_capture import capture
+from atoll.cli.net_exec import exec_inside
 from atoll.cli.net_group import group_command
+from atoll.cli.net_impair import impair, told
 from atoll.cli.options import GROUP, NETWORK, VM
 from atoll.cli.output import age, emit, format_option, print_description, print_table
 from atoll.errors import InvalidInput
 from atoll.model.network import Attached, Mode, Network, NetworkInfo
-from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest, NicSetRequest
+from atoll.model.requests import NetworkRequest, NicRequest, NicSetRequest
 from atoll.model.spec import NicSpec
 from atoll.model.units import format_rate
 from atoll.model.vm import Change
@@ -39,8 +42,10 @@ net_command.add_command(group_command)
 @click.argument("name")
 @click.option(
     "--mode", type=click.Choice(get_args(Mode)), default="private",
-    help="private: leads nowhere (the default); nat: out through this computer, and published ports in.",
+    help="private: leads nowhere (the default); nat: out through this computer, and published ports in; "
+    "bridge: the network behind a bridge that this computer has.",
 )  # fmt: skip
+@click.option("--bridge", metavar="BRIDGE", help="That bridge, such as br0.")
 @click.option("--subnet", metavar="CIDR", help="Its addresses, such as 10.20.30.0/24 (default: a free one).")
 @click.option("--ipv6", is_flag=True, help="Give its VMs IPv6 addresses as well, to reach each other by.")
 @click.option("--dns-domain", metavar="DOMAIN", help="VMs are VM.DOMAIN on it (default: NAME.atoll).")
@@ -53,6 +58,7 @@ def create(name: str, format: Format, **options: Any) -> None:
       atoll net create lab
       atoll net create lab6 --ipv6
       atoll net create web --mode nat --subnet 10.20.30.0/24 --dns-domain web.example
+      sudo atoll net create office --mode bridge --bridge br0
     """
     from atoll.cli.session import perform
 
@@ -94,7 +100,7 @@ def ls(quiet: bool, format: Format) -> None:
             (
                 each.network.name,
                 each.network.mode,
-                each.network.subnet,
+                each.network.subnet or each.network.bridge,
                 "up" if each.up else "down",
                 ", ".join(card.vm for card in each.attached) or "-",
                 age(each.network.created_at),
@@ -116,19 +122,21 @@ def show(network: str, format: Format) -> None:
     """
     from atoll.cli.session import perform
 
-    async def action(host: "AsyncHost") -> NetworkInfo:
-        return await host.networks.show(network)
+    async def action(host: "AsyncHost") -> tuple[NetworkInfo, set[str]]:
+        return await host.networks.show(network), {each.name for each in await host.networks.groups.ls()}
 
-    found = perform(action, cancelled="")
+    found, groups = perform(action, cancelled="")
     if format != "table":
         emit(found, format)
         return
-    cards = [_card(each, found.network) for each in found.attached]
+    down = "its bridge isn't there" if found.network.bridge else "down; it comes up when a VM on it starts"
+    cards = [_card(found, each, groups) for each in found.attached]
     pairs = [
         ("Name", found.network.name),
         ("Id", found.network.id),
         ("Mode", found.network.mode),
-        ("State", "up" if found.up else "down; it comes up when a VM on it starts"),
+        ("State", "up" if found.up else down),
+        ("Bridge", found.network.bridge),
         ("Subnet", found.network.subnet),
         ("IPv6", found.network.subnet6 or ""),
         ("Own address", found.network.gateway),
@@ -138,11 +146,16 @@ def show(network: str, format: Format) -> None:
     print_description([pair for pair in pairs if pair[1]])
 
 
-def _card(card: Attached, network: Network) -> str:
-    words = [f"{card.vm}.{network.domain}", card.address, card.mac]
+def _card(info: NetworkInfo, card: Attached, groups: set[str]) -> str:
+    vms = {each.mac: each.vm for each in info.attached}
+    name = f"{card.vm}.{info.network.domain}" if info.network.domain else card.vm
+    words = [name, card.address or "-", card.mac]
     words += [card.address6] if card.address6 else []
     words += [f"groups {'+'.join(card.groups)}"] if card.groups else []
+    gone = [group for group in card.groups if group not in groups]
+    words += [f"(gone, so they allow nothing: {', '.join(gone)})"] if gone else []
     words += [f"limit {format_rate(card.limit)}"] if card.limit else []
+    words += [told(each, vms) for each in info.impairments if each.mac == card.mac]
     return "  ".join(words)
 
 
@@ -250,32 +263,5 @@ def detach(vm: str, network: str, format: Format) -> None:
     tell_changes([perform(action)], format)
 
 
-@net_command.command("impair")
-@click.argument("vm", type=VM)
-@click.option("--network", type=NETWORK, help="On which network, when it is on several.")
-@click.option("--loss", metavar="PERCENT", default="0", help="Packets that are lost in each direction, such as 5%.")
-@click.option("--rate", metavar="RATE", default="0", help="What passes each way, such as 10Mbit; more is lost.")
-@click.option(
-    "--partition", "others", type=VM, multiple=True, metavar="VM", help="It can't reach this one. Repeatable."
-)
-@click.option("--clear", is_flag=True, help="Mend it.")
-def impair(vm: str, network: str | None, loss: str, rate: str, others: tuple[str, ...], clear: bool) -> None:
-    """Let a VM's cable work badly, to see what its programs do then. Each command takes the place of the one before.
-
-    \b
-    Examples:
-      atoll net impair db --partition web
-      atoll net impair db --loss 5% --rate 10Mbit
-      atoll net impair db --clear
-    """
-    from atoll.cli.options import parse_percent, parse_rate
-    from atoll.cli.session import perform
-
-    request = ImpairRequest(network=network, loss=parse_percent(loss), rate=parse_rate(rate), cut_from=others)
-    if clear is (request != ImpairRequest(network=network)):
-        raise InvalidInput("what shall the cable do?", next_step="Say --loss, --rate or --partition; or else --clear.")
-
-    async def action(host: "AsyncHost") -> None:
-        await (await host.get(vm)).net_impair(request)
-
-    perform(action)
+for _command in (capture, exec_inside, impair):
+    net_command.add_command(_command)

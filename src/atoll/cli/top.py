@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,15 +27,17 @@ Reading = tuple["AsyncVm", Stats]
 @click.command("top")
 @click.argument("vms", nargs=-1, type=VM, metavar="[VM]...")
 @click.option("--once", is_flag=True, help="One reading, then end.")
+@click.option("--cards", is_flag=True, help="What passes through each network card, a row each.")
 @click.option("--interval", type=DURATION, default="2s", help="Time between readings (default: 2s).")
 @format_option
-def top_command(vms: tuple[str, ...], once: bool, interval: float, format: Format) -> None:
+def top_command(vms: tuple[str, ...], once: bool, cards: bool, interval: float, format: Format) -> None:
     """Show what running VMs use: CPU, memory, disk and network. JSON is one reading of one VM a line.
 
     \b
     Examples:
       atoll top
       atoll top --once web
+      atoll top --cards
       atoll top --format json --interval 10s
     """
     from atoll.cli.session import perform
@@ -45,7 +47,7 @@ def top_command(vms: tuple[str, ...], once: bool, interval: float, format: Forma
 
     async def action(host: "AsyncHost") -> None:
         if format == "table":
-            await _watch(host, vms, once=once, interval=interval)
+            await _watch(host, vms, once=once, cards=cards, interval=interval)
             return
         while True:
             readings = [_told(reading) for reading in await _read(host, vms)]
@@ -79,13 +81,13 @@ async def _read(host: "AsyncHost", references: Sequence[str]) -> list[Reading]:
     return [(vm, stats) for vm, stats in zip(running, found, strict=True) if isinstance(stats, Stats)]
 
 
-async def _watch(host: "AsyncHost", references: Sequence[str], *, once: bool, interval: float) -> None:
+async def _watch(host: "AsyncHost", references: Sequence[str], *, once: bool, cards: bool, interval: float) -> None:
     before = {vm.id: stats for vm, stats in await _read(host, references)}
+    networks = {each.network.id: each.network.name for each in await host.networks.ls()} if cards else {}
     await asyncio.sleep(_FIRST_GLANCE)
     while True:
         readings = await _read(host, references)
-        rows = [_row(vm.name, stats, before.get(vm.id)) for vm, stats in readings]
-        headers = ("NAME", "CPU", "MEMORY", "OF", "READ/S", "WRITTEN/S", "RECEIVED", "SENT")
+        headers, rows = _by_card(readings, before, networks) if cards else _by_vm(readings, before)
         screen = not once and sys.stdout.isatty()
         click.echo((_HOME_AND_CLEAR if screen else "") + "\n".join(table_lines(headers, rows, terminal_width())))
         sys.stdout.flush()
@@ -93,6 +95,33 @@ async def _watch(host: "AsyncHost", references: Sequence[str], *, once: bool, in
             return
         before = {vm.id: stats for vm, stats in readings}
         await asyncio.sleep(interval)
+
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def _by_vm(readings: Sequence[Reading], before: Mapping[str, Stats]) -> Table:
+    headers = ("NAME", "CPU", "MEMORY", "OF", "READ/S", "WRITTEN/S", "RECEIVED", "SENT")
+    return headers, [_row(vm.name, stats, before.get(vm.id)) for vm, stats in readings]
+
+
+def _by_card(readings: Sequence[Reading], before: Mapping[str, Stats], networks: Mapping[str, str]) -> Table:
+    """Bytes a second, and the sums of bytes and packets since the card's cable is there."""
+    headers = ("NAME", "CARD", "NETWORK", "RECEIVED/S", "SENT/S", "RECEIVED", "SENT", "PACKETS", "PACKETS SENT")
+    rows: list[tuple[str, ...]] = []
+    for vm, stats in readings:
+        old = before.get(vm.id)
+        known = {card.nic: card for card in old.cards} if old is not None else {}
+        for card in stats.cards:
+            network = networks.get(card.network or "", "-") if card.network is not None else "user"
+            then, seconds = known.get(card.nic), stats.at - (old.at if old is not None else 0)
+            rates = ("-", "-")
+            if then is not None and seconds > 0:
+                gone = (card.received - then.received, card.sent - then.sent)
+                rates = (format_size(max(0, gone[0]) / seconds), format_size(max(0, gone[1]) / seconds))
+            sums = (format_size(card.received), format_size(card.sent))
+            rows.append((vm.name, card.nic, network, *rates, *sums, str(card.packets_received), str(card.packets_sent)))
+    return headers, rows
 
 
 def _row(name: str, now: Stats, before: Stats | None) -> tuple[str, ...]:

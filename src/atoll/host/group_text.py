@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
-from atoll.host.network_text import Port
+from atoll.host.link_text import Port
 from atoll.model.groups import ANY, GROUP, LABEL, Rule
 from atoll.model.network import Attached, Members
 

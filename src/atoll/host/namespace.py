@@ -7,10 +7,13 @@ privilege outside. The holder is a shell of 1.6 MiB that starts dnsmasq again wh
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import socket
+import struct
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,7 +30,7 @@ MARK = "atoll-network"
 START_TIME = 20.0
 """Seconds until a namespace has to be ready on a busy computer; it takes some 50 ms."""
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
-# From the kernel's headers: if_tun.h.
+# From the kernel's header if_tun.h.
 _SET_INTERFACE, _TAP, _NO_INFORMATION, _OFFLOADS = 0x400454CA, 0x0002, 0x1000, 0x4000
 
 LINKS = r"""
@@ -140,9 +143,11 @@ def end(network_id: str, paths: NetworkPaths) -> None:
     paths.holder.unlink(missing_ok=True)
 
 
-def entered(holder: int, *, net: bool = True) -> list[str]:
-    """What runs a program in the namespace; without `net` only in the user namespace that it belongs to."""
-    kinds = ["--user", "--preserve-credentials", *(["--net"] if net else [])]
+def entered(holder: int, *, net: bool = True, user: bool = True) -> list[str]:
+    """What runs a program in the namespace; without `net` only in the user namespace that it belongs to. Root needs
+    not enter that.
+    """
+    kinds = [*(["--user", "--preserve-credentials"] if user else []), *(["--net"] if net else [])]
     return [process.find("nsenter"), *kinds, f"--target={holder}", "--"]
 
 
@@ -153,7 +158,20 @@ async def run(holder: int, *argv: str, stdin: str = "") -> process.Finished:
 
 def open_tap(holder: int | None, name: str) -> int:
     """A descriptor of a new tap in the namespace; without a holder in one where there is nothing else. The tap goes
-    when its last descriptor is closed.
+    when its last descriptor is closed. Raises `NetworkFailed`.
+    """
+    return open_inside(holder, lambda: [make_tap(name)], "a network tap")[0]
+
+
+def make_tap(name: str) -> int:
+    """For `open_inside`."""
+    tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(tap, _SET_INTERFACE, struct.pack("16sH22x", name.encode(), _TAP | _NO_INFORMATION | _OFFLOADS))
+    return tap
+
+
+def open_inside(holder: int | None, make: Callable[[], Sequence[int]], what: str) -> list[int]:
+    """Descriptors that `make` opens in the namespace; without a holder in a new one that nobody else is in.
 
     Entering a user namespace takes a process with one thread, so a child does it: a fork takes 2 ms, where starting
     another Python takes 30. Raises `NetworkFailed`.
@@ -165,37 +183,39 @@ def open_tap(holder: int | None, name: str) -> int:
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
-            _open_tap_and_exit(holder, name, theirs)
+            _open_and_exit(holder, make, theirs)
         theirs.close()
-        message, descriptors, _, _ = socket.recv_fds(ours, 256, 1)
+        message, descriptors, _, _ = socket.recv_fds(ours, 256, 4)
         os.waitpid(child, 0)
     except OSError as error:
-        raise from_os_error(error, "make a network tap") from error
+        raise from_os_error(error, f"make {what}") from error
     finally:
         ours.close()
         theirs.close()
     if not descriptors:
-        raise NetworkFailed("a network tap can't be made", message.decode(errors="replace") or "the kernel refuses it")
-    return descriptors[0]
+        raise NetworkFailed(f"{what} can't be made", message.decode(errors="replace") or "the kernel refuses it")
+    return list(descriptors)
 
 
-def _open_tap_and_exit(holder: int | None, name: str, answer: socket.socket) -> None:
+def _open_and_exit(holder: int | None, make: Callable[[], Sequence[int]], answer: socket.socket) -> None:
     """In the child: say no more than is needed, and never return."""
-    import fcntl
-    import struct
-
     try:
-        if holder is None:
-            syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNET)
-        else:
-            user, net = (os.open(f"/proc/{holder}/ns/{kind}", os.O_RDONLY) for kind in ("user", "net"))
-            syscalls.setns(user, syscalls.CLONE_NEWUSER)
-            syscalls.setns(net, syscalls.CLONE_NEWNET)
-        tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-        fcntl.ioctl(tap, _SET_INTERFACE, struct.pack("16sH22x", name.encode(), _TAP | _NO_INFORMATION | _OFFLOADS))
-        socket.send_fds(answer, [b"tap"], [tap])
+        enter(holder)
+        socket.send_fds(answer, [b"made"], make())
     except BaseException as error:
         with contextlib.suppress(BaseException):
             answer.send(str(error).encode()[:250])
     finally:
         os._exit(0)
+
+
+def enter(holder: int | None) -> None:
+    """Let this process, which has one thread, go into the namespace, or into a new one. Raises `OSError`."""
+    if holder is None:
+        syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNET)
+        return
+    kinds = (("user", syscalls.CLONE_NEWUSER), ("net", syscalls.CLONE_NEWNET))
+    spaces = [(os.open(f"/proc/{holder}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC), flag) for kind, flag in kinds]
+    for space, flag in spaces:
+        syscalls.setns(space, flag)
+        os.close(space)

@@ -11,18 +11,20 @@ import contextlib
 import os
 import secrets
 import signal
+from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
 from atoll.errors import WrongState
-from atoll.host import files, group_text, namespace, network_text, uplink
-from atoll.host.network_text import Port
+from atoll.host import cables, files, group_text, link_text, namespace, network_text, uplink
+from atoll.host.link_text import Link, Port
 from atoll.layout import NetworkPaths
-from atoll.model.network import Impairment, Members
+from atoll.model.network import Impairment, Members, Network
 from atoll.model.subnets import address6
 
-_LOOK = f"ip -j link show master {network_text.BRIDGE}; echo; nft -t -j list table bridge {group_text.TABLE} 2>&- || :"
+_LOOK = f"ip -j link show; echo; nft -t -j list table bridge {group_text.TABLE} 2>&- || :"
 
 
 def is_up(paths: NetworkPaths) -> bool:
@@ -89,6 +91,14 @@ async def tell(members: Members, paths: NetworkPaths) -> None:
         os.killpg(os.getpgid(holder.pid), signal.SIGHUP)
 
 
+def write_resolver(network: Network, paths: NetworkPaths) -> None:
+    """For programs of this computer that run in it: whom they ask for names."""
+    files.write_atomically(paths.resolver, network_text.resolver(network).encode())
+    with contextlib.suppress(FileNotFoundError):
+        here = Path("/etc/nsswitch.conf").read_text()
+        files.write_atomically(paths.name_switch, network_text.name_switch(here).encode())
+
+
 def _policy(members: Members) -> bytes:
     """All that decides which rules hold; nothing when there are none."""
     ruled = any(each.groups or each.limit for each in members.attached)
@@ -109,10 +119,10 @@ async def add_tap(holder: int, paths: NetworkPaths, members: Members, *, mac: st
     """
     subnet6 = members.network.subnet6
     own6 = address6(subnet6, mac) if subnet6 else ""
-    port = Port(tap=f"t{secrets.token_hex(6)}", mac=mac, address=address, address6=own6)
+    port = Port(tap=f"{link_text.TAP}{secrets.token_hex(6)}", mac=mac, address=address, address6=own6)
     descriptor = namespace.open_tap(holder, port.tap)
     try:
-        await _guard(holder, paths, members, joining=network_text.joined(port))
+        await _guard(holder, paths, members, joining=link_text.joined(port))
     except BaseException:
         os.close(descriptor)
         raise
@@ -120,18 +130,21 @@ async def add_tap(holder: int, paths: NetworkPaths, members: Members, *, mac: st
 
 
 async def _guard(holder: int, paths: NetworkPaths, members: Members, joining: str = "") -> None:
-    """Make all filters anew from what is there, in one transaction."""
-    ports, there = await look(holder, joining)
+    """Cables as they should be, and all filters made anew from what is there then, in one transaction."""
+    links, there = await look(holder, joining)
+    wanted = impairments(paths)
+    links = await cables.mended(holder, paths, links, wanted)
     limits = {each.mac: each.limit for each in members.attached}
-    text = network_text.guards(ports, impairments(paths), limits) + group_text.groups(members, ports, there)
+    ports, relayed = link_text.ports_of(links), link_text.relayed_of(links)
+    text = network_text.guards(ports, wanted, limits, relayed=relayed) + group_text.groups(members, ports, there)
     await namespace.run(holder, "nft", "-f", "-", stdin=text)
 
 
-async def look(holder: int, joining: str = "") -> tuple[list[Port], bytes]:
-    """The taps of VMs that run, and what nft tells of the table of groups."""
+async def look(holder: int, joining: str = "") -> tuple[Sequence[Link], bytes]:
+    """What there is: links, and what nft tells of the table of groups."""
     told = await namespace.run(holder, "sh", "-c", f"ip -batch - && {_LOOK}", stdin=joining)
     shown, _, there = told.stdout.partition(b"\n\n")
-    return network_text.ports_of(shown), there
+    return link_text.links_of(shown), there
 
 
 def impairments(paths: NetworkPaths) -> list[Impairment]:
@@ -149,14 +162,33 @@ async def impair(members: Members, paths: NetworkPaths, wanted: Impairment) -> N
     others = [each for each in impairments(paths) if each.mac != wanted.mac]
     # A cut is one thing for both of its ends.
     others = [replace(each, cut_from=tuple(mac for mac in each.cut_from if mac != wanted.mac)) for each in others]
-    everything = [each for each in (*others, wanted) if each != Impairment(mac=each.mac)]
+    before = impairments(paths)
+    try:
+        await _impair(holder.pid, paths, members, [*others, wanted])
+    except BaseException:
+        await _impair(holder.pid, paths, members, before)
+        raise
+
+
+async def _impair(holder: int, paths: NetworkPaths, members: Members, everything: Sequence[Impairment]) -> None:
+    everything = [each for each in everything if each != Impairment(mac=each.mac)]
     files.write_atomically(paths.impairments, msgspec.json.encode(everything))
-    await _guard(holder.pid, paths, members)
+    await _guard(holder, paths, members)
+
+
+async def counters(paths: NetworkPaths) -> dict[str, link_text.Counted]:
+    """What has passed through each card that has a cable here, by its hardware address; nothing when it is down."""
+    holder = namespace.holder_of(paths)
+    if holder is None:
+        return {}
+    shown = await namespace.run(holder.pid, "ip", "-j", "-s", "link", "show", "type", "tun")
+    return link_text.counters_of(shown.stdout)
 
 
 def end(network_id: str, paths: NetworkPaths) -> None:
     """Take it all away; idempotent."""
     import shutil
 
+    cables.end(paths)
     namespace.end(network_id, paths)
     shutil.rmtree(paths.run, ignore_errors=True)

@@ -1,27 +1,15 @@
 """What `ip`, nft and dnsmasq are told for a network, as text. Pure: golden files check it."""
 
-import json
 import socket
 from collections.abc import Mapping, Sequence
 
-from msgspec import Struct
-
+from atoll.host.link_text import BRIDGE, INNER, PRIVATE, UPLINK, Port
 from atoll.model.network import Attached, Impairment, Network
 from atoll.model.subnets import LINK_LOCAL6, address6, gateway6_of
 
-BRIDGE, UPLINK = "br0", "up0"
 LEASE_TIME = "1h"
 BURST = 128 * 1024
 """Bytes that pass at once on a slow cable: two packets of the largest kind that guests hand over."""
-
-
-class Port(Struct, frozen=True, kw_only=True):
-    """A tap on the bridge, and what may come out of it."""
-
-    tap: str
-    mac: str
-    address: str
-    address6: str = ""
 
 
 def links(network: Network) -> str:
@@ -47,7 +35,9 @@ def rules(network: Network) -> str:
     return f"""table inet atoll {{
     chain input {{
         type filter hook input priority filter; policy drop;
-        iifname != "{BRIDGE}" accept
+        iifname {{ "lo", "{UPLINK}" }} accept
+        iifname != "{BRIDGE}" drop
+        ct state established,related accept
         meta l4proto {{ icmp, icmpv6 }} accept
         meta l4proto {{ tcp, udp }} th dport 53 accept
         udp dport 67 accept
@@ -56,6 +46,7 @@ def rules(network: Network) -> str:
         type filter hook forward priority filter; policy drop;
         ct state established,related accept
         iifname "{BRIDGE}" oifname "{BRIDGE}" accept
+        iifname "{PRIVATE}*" oifname "{PRIVATE}*" accept
         iifname "{BRIDGE}" oifname "{UPLINK}" ip saddr {network.subnet} accept
         iifname "{UPLINK}" oifname "{BRIDGE}" ip daddr {network.subnet} accept
     }}
@@ -68,17 +59,23 @@ def rules(network: Network) -> str:
 
 
 def guards(
-    ports: Sequence[Port], impairments: Sequence[Impairment] = (), limits: Mapping[str, int] | None = None
+    ports: Sequence[Port],
+    impairments: Sequence[Impairment] = (),
+    limits: Mapping[str, int] | None = None,
+    *,
+    relayed: Sequence[Port] = (),
 ) -> str:
     """For nft: the table that lets out of each tap only what its card may say. It takes the place of the one before.
 
     What isn't ARP, IPv4 or, on a network that has it, IPv6 isn't let through. A guest can't answer for DHCP, be a
     router, or say who another address belongs to. Cables that work badly do so here, too, and
-    cards that have a limit, by their hardware addresses, have it here.
+    cards that have a limit, by their hardware addresses, have it here. `relayed` are the taps of cards that are on a
+    bridge of their own, with a relay's tap in their place on the network's.
     """
-    macs = ", ".join(f'"{port.tap}" . {port.mac}' for port in ports)
-    addresses = ", ".join(f'"{port.tap}" . {port.mac} . {port.address}' for port in ports)
-    sets6, rules6 = _guards6([port for port in ports if port.address6])
+    guarded = (*ports, *relayed)
+    macs = ", ".join(f'"{port.tap}" . {port.mac}' for port in guarded)
+    addresses = ", ".join(f'"{port.tap}" . {port.mac} . {port.address}' for port in guarded)
+    sets6, rules6 = _guards6([port for port in guarded if port.address6])
     return f"""table bridge atoll
 delete table bridge atoll
 table bridge atoll {{
@@ -92,6 +89,7 @@ table bridge atoll {{
     }}
 {sets6}    chain from_guests {{
         type filter hook prerouting priority -300; policy drop;
+        iifname "{INNER}*" accept
         iifname . ether saddr != @macs drop
         ether type arp iifname . arp saddr ether . arp saddr ip @addresses accept
         ether type ip udp sport 67 drop
@@ -161,26 +159,6 @@ def _slow(tap: str, rate: int) -> str:
     return f'name "{tap}" limit rate over {rate} bytes/second burst {burst} bytes drop'
 
 
-def joined(port: Port) -> str:
-    """For `ip -batch`: a tap on the bridge. Its alias says what its card may say, so that the guards can be made anew
-    from what is there.
-    """
-    return f"""link set {port.tap} alias {port.mac}/{port.address}/{port.address6}
-link set {port.tap} master {BRIDGE} up
-"""
-
-
-def ports_of(shown: bytes) -> list[Port]:
-    """The taps on the bridge, from `ip -j link show master br0`."""
-    found = []
-    for link in json.loads(shown or b"[]"):
-        mac, _, addresses = link.get("ifalias", "").partition("/")
-        address, _, own6 = addresses.partition("/")
-        if address:
-            found.append(Port(tap=link["ifname"], mac=mac, address=address, address6=own6))
-    return found
-
-
 _BOTH = f"""user=
 group=
 interface={BRIDGE}
@@ -228,6 +206,18 @@ dhcp-range={subnet6.partition("/")[0]},ra-only,64,infinite
 def _mask(network: Network) -> str:
     bits = 0xFFFFFFFF << (32 - int(network.subnet.partition("/")[2])) & 0xFFFFFFFF
     return ".".join(str(bits >> shift & 0xFF) for shift in (24, 16, 8, 0))
+
+
+def resolver(network: Network) -> str:
+    """For resolv.conf(5)."""
+    return f"search {network.domain}\nnameserver {network.gateway}\n"
+
+
+def name_switch(here: str) -> str:
+    """This computer's nsswitch.conf(5), but that names are asked for by DNS."""
+    return "".join(
+        "hosts: files dns\n" if line.startswith("hosts:") else line for line in here.splitlines(keepends=True)
+    )
 
 
 def hosts(network: Network, attached: Sequence[Attached]) -> str:

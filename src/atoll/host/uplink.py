@@ -9,7 +9,7 @@ import os
 
 from atoll.errors import NetworkFailed
 from atoll.host import helper_jail, namespace, process, slirp
-from atoll.host.network_text import UPLINK
+from atoll.host.link_text import UPLINK
 from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
 from atoll.model.spec import PortSpec

@@ -6,7 +6,7 @@ from msgspec import Struct, field
 
 from atoll.model.groups import Group
 
-Mode = Literal["private", "nat"]
+Mode = Literal["private", "nat", "bridge"]
 RESERVED_NAMES = frozenset({"user", "none"})
 """What `--network` means otherwise."""
 
@@ -18,13 +18,15 @@ class Network(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     mode: Mode
     subnet: str
-    """`10.213.0.0/24`."""
+    """`10.213.0.0/24`. Empty, as all below, in mode bridge: that is somebody else's network."""
     domain: str
     """Every VM is called NAME and NAME.DOMAIN."""
     created_at: float
 
     gateway: str
     """The network's own address: it answers for names, hands out addresses and, in mode nat, leads out."""
+    bridge: str = ""
+    """In mode bridge: the bridge of this computer that VMs are put on."""
     subnet6: str | None = None
     """`fd5a:…::/64`: its IPv6 addresses; none where guests speak IPv4 only."""
 
@@ -37,6 +39,7 @@ class Attached(Struct, frozen=True, kw_only=True):
     nic: str
     mac: str
     address: str
+    """Empty in mode bridge, unless the card was given one."""
     groups: tuple[str, ...] = ()
     """The security groups whose rules hold for it."""
     limit: int = 0
@@ -55,6 +58,22 @@ class Members(Struct, frozen=True, kw_only=True):
     groups: tuple[Group, ...] = ()
 
 
+class Relayed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a relay does to frames of a card, each way."""
+
+    peer: str | None = None
+    """Only to and from this card; None for all that none is said of."""
+    delay: float = 0
+    """Seconds."""
+    jitter: float = 0
+    """A delay is by up to this longer or shorter. It doesn't change the order."""
+    loss: float = 0
+    """Of 100, as all below."""
+    duplicate: float = 0
+    reorder: float = 0
+    """Frames that are overtaken by those behind them."""
+
+
 class Impairment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How badly a card's cable works, in both directions. The card is named by its hardware address."""
 
@@ -65,6 +84,7 @@ class Impairment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes a second that pass in each direction; 0 for all."""
     cut_from: tuple[str, ...] = ()
     """Cards that it can't reach, nor they it."""
+    relayed: tuple[Relayed, ...] = ()
 
 
 class NetworkInfo(Struct, frozen=True, kw_only=True):
@@ -74,3 +94,5 @@ class NetworkInfo(Struct, frozen=True, kw_only=True):
     up: bool
     """It is there on this computer. It comes up by itself when a VM on it starts."""
     attached: tuple[Attached, ...] = ()
+    impairments: tuple[Impairment, ...] = ()
+    """What cables do wrong."""

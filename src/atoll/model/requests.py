@@ -72,7 +72,9 @@ class NetworkRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     name: str
     mode: Mode = "private"
-    """`private` leads nowhere, `nat` out through this computer."""
+    """`private` leads nowhere, `nat` out through this computer, `bridge` is the network behind a bridge of its."""
+    bridge: str | None = None
+    """The bridge's name, for that."""
     subnet: str | None = None
     dns_domain: str | None = None
     """`NAME.atoll` when None."""
@@ -81,16 +83,36 @@ class NetworkRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class ImpairRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a VM's cable on a network shall do wrong; it takes the place of what it did wrong before."""
+    """What a VM's cable on a network shall do wrong, each way; it takes the place of what it did wrong before."""
 
     network: str | None = None
     """None for the only one that it is on."""
+    towards: str | None = None
+    """Only what goes to this VM, and comes from it; what was said of all others stays."""
     loss: float = 0
     """Packets that are lost, of 100."""
     rate: int = 0
-    """Bytes a second in each direction; 0 for all."""
+    """Bytes a second; 0 for all. Not towards one VM."""
     cut_from: tuple[str, ...] = ()
-    """VMs on the network that it can't reach, nor they it."""
+    """VMs on the network that it can't reach, nor they it. Not towards one VM."""
+    delay: float = 0
+    """Seconds."""
+    jitter: float = 0
+    """A delay is by up to this longer or shorter; the order stays."""
+    duplicate: float = 0
+    """Packets that come twice, of 100."""
+    reorder: float = 0
+    """Packets that are overtaken by those behind them, of 100."""
+
+
+class CaptureRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of a VM's frames is wanted. None stands for its only card, and for as long as it runs."""
+
+    network: str | None = None
+    nic: str | None = None
+    """The card's name, such as `net0`."""
+    count: int | None = None
+    seconds: float | None = None
 
 
 class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

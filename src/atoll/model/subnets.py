@@ -99,13 +99,15 @@ def free_subnet(taken: Iterable[str]) -> str:
 
 def check_address(network: Network, address: str) -> str:
     """An address that a VM on the network may have. Raises `InvalidInput`."""
-    subnet = _subnet(network)
+    subnet = _subnet(network) if network.subnet else ipaddress.IPv4Network("0.0.0.0/0")
     try:
         wanted = ipaddress.IPv4Address(address)
     except ValueError as error:
         raise InvalidInput(f"{shown(address)} isn't an IPv4 address", next_step=f"One of {subnet} will do.") from error
     if wanted not in subnet:
         raise InvalidInput(f"{wanted} isn't in the network '{network.name}'", f"that has {subnet}")
+    if wanted.is_multicast or wanted.is_loopback:
+        raise InvalidInput(f"no VM can have {wanted}", "it means something else to every computer", "Choose another.")
     if wanted in (subnet.network_address, subnet.broadcast_address) or str(wanted) == network.gateway:
         raise InvalidInput(f"no VM can have {wanted}", f"the network '{network.name}' has it itself", "Choose another.")
     return str(wanted)

@@ -124,6 +124,19 @@ class PoolInfo(Struct, frozen=True, kw_only=True):
     """The names of those that wait."""
 
 
+class CardStats(Struct, frozen=True, kw_only=True):
+    """What passed through a card, as the guest sees it: received is what came to it."""
+
+    nic: str
+    network: str | None
+    """The id of the network that it is on; None for one of its own."""
+    received: int
+    """Bytes."""
+    sent: int
+    packets_received: int
+    packets_sent: int
+
+
 class Stats(Struct, frozen=True, kw_only=True):
     """One reading of a running VM's use; counters since its start."""
 
@@ -134,8 +147,10 @@ class Stats(Struct, frozen=True, kw_only=True):
     disk_read: int
     disk_written: int
     net_received: int | None = None
-    """As the guest's agent counts it; None where there is none."""
+    """Of all cards whose counters are known; None when there is none."""
     net_sent: int | None = None
+    cards: tuple[CardStats, ...] = ()
+    """Those on networks as this computer counts them, those of user-mode networks as the guest's agent does."""
 
 
 class Event(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

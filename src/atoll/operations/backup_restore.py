@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AlreadyExists, ImageRefused, StorageFailed
+from atoll.errors import AlreadyExists, AtollError, ImageRefused, StorageFailed
 from atoll.host import disks, files
 from atoll.model.backup import Backup, StoredBlob, StoredLayer, blobs_of
 from atoll.model.image import Layer
@@ -24,6 +24,7 @@ from atoll.model.vm import Vm
 from atoll.operations import adopt, backup_files, backup_find, backup_fit, networks
 from atoll.operations.backup_files import Total, Vanished
 from atoll.operations.backup_fit import Arrival
+from atoll.operations.check_spec import check_spec
 from atoll.operations.create import IMAGES_LOCK, NewVm, make_files, remove_files
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.resolve_disks import with_heads
@@ -50,6 +51,14 @@ async def restore_backup(
     `StorageFailed` when something in the folder is damaged; nothing is changed then.
     """
     backup = backup_find.find(path, reference)
+    try:
+        check_spec(backup.spec)
+    except AtollError as error:
+        raise StorageFailed(
+            f"the backup {backup.id} can't be restored",
+            f"its machine can't be: {error.what}",
+            "Try another: `atoll backup ls` lists them.",
+        ) from error
     wanted = check_vm_name(name or backup.vm_name)
     if any(vm.name == wanted for vm in services.records.vms()):
         raise AlreadyExists(f"there is a VM '{wanted}' already", next_step="Give the new VM another name as last word.")

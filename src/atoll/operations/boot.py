@@ -231,7 +231,7 @@ async def kill_strays(services: Services, vm: Vm) -> None:
 
 
 async def networks_ended(services: Services, vm: Vm) -> None:
-    """Until the helpers of a QEMU that is gone are gone as well: a moment, in which they still have its ports."""
+    """After QEMU has gone: until its helpers are gone as well, for they still have its ports, and what bridges have."""
     for network in services.layout.vm(vm.id).run.glob("*.net/control"):
         pid = user_network.helper_of(network)
         if pid is None:
@@ -242,6 +242,7 @@ async def networks_ended(services: Services, vm: Vm) -> None:
             await asyncio.wait_for(wait_for_exit(pid), HELPER_TIME)
         except TimeoutError:
             await kill(pid)
+    await networks.mend_bridges(services, networks.shared_by(vm.spec))
 
 
 async def kill(pid: int) -> None:

@@ -1,6 +1,6 @@
 """Whether a manifest that comes from elsewhere can be believed. Pure.
 
-Ids become names of files, and the spec becomes a machine: each is held to what Atoll itself would have written.
+Ids become names of files: each is held to what Atoll itself would have written, and so is the machine.
 """
 
 import re
@@ -9,16 +9,12 @@ from atoll.errors import AtollError, ImageRefused
 from atoll.images.source import DAMAGED
 from atoll.model.bundle import BundledLayer, Manifest
 from atoll.model.names import check_snapshot_name, check_vm_name, shown
-from atoll.model.spec import DiskSpec, VmSpec
-from atoll.operations import resolve, resolve_disks
+from atoll.model.spec import DiskSpec
+from atoll.operations.check_spec import check_spec
 from atoll.operations.collect import needed_by
-from atoll.qemu import devices
 
 _ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_MACHINE_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
-_NIC = re.compile(r"[a-z][a-z0-9]{0,15}", re.ASCII)
-_MAC = re.compile(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}", re.ASCII)
 LARGEST_FILE = 1 << 50
 """Bytes. What a file system may take, and far from what a number in a manifest may say."""
 
@@ -33,11 +29,11 @@ def check_manifest(manifest: Manifest) -> None:
     try:
         check_vm_name(node.vm_name)
         check_snapshot_name(node.name)
-        _check_spec(node.spec)
-    except ImageRefused:
-        raise
+        check_spec(node.spec)
     except AtollError as error:
         raise refused(f"its machine can't be: {error.what}" + (f" ({error.why})" if error.why else "")) from error
+    for disk in node.spec.disks:
+        _check_disk(disk)
     _check_layers(manifest)
     _check_files(manifest)
 
@@ -47,25 +43,7 @@ def _require(holds: object, why: str) -> None:
         raise refused(f"its manifest is wrong: {why}", DAMAGED)
 
 
-def _check_spec(spec: VmSpec) -> None:
-    _require(_MACHINE_TYPE.fullmatch(spec.machine_type), f"the machine type {shown(spec.machine_type)}")
-    _require((spec.machine == "virt") is (spec.arch != "x86_64"), f"{spec.machine} isn't for {spec.arch}")
-    resolve.check_cpu(spec.cpu)
-    _require(resolve.check_memory(spec.memory) == spec.memory, "an odd size of memory")
-    resolve.check_cmdline(spec.boot.cmdline)
-    _require((spec.boot.firmware == "kernel") is (spec.boot.kernel is not None), "it has no kernel, or one too many")
-    devices.check_disks(spec)
-    for disk in spec.disks:
-        _check_disk(disk)
-    for nic in spec.nics:
-        _require(_NIC.fullmatch(nic.name) and _MAC.fullmatch(nic.mac), f"the network card {shown(nic.name)}")
-    for names in ([disk.name for disk in spec.disks], [nic.name for nic in spec.nics]):
-        _require(len(names) == len(set(names)), "two devices have one name")
-
-
 def _check_disk(disk: DiskSpec) -> None:
-    _require(resolve_disks.may_be_called(disk.name), f"the disk's name {shown(disk.name)}")
-    _require(0 < disk.size <= resolve_disks.LARGEST_DISK, f"the size of the disk '{disk.name}'")
     _require((disk.layer is None) is not (disk.blob is None), f"the disk '{disk.name}' has no content, or two")
     _require(not disk.head, f"the disk '{disk.name}' has a head")
 

@@ -189,7 +189,7 @@ def _leave_addresses(services: Services, source: VmSpec, vm: Vm) -> None:
     for old, nic in zip(source.nics, vm.spec.nics, strict=True):
         network = services.records.network(nic.network) if nic.network else None
         if network is not None:
-            address = f"{nic.address}/{network.subnet.partition('/')[2]}"
+            address = f"{nic.address}/{network.subnet.partition('/')[2]}" if network.subnet else ""
             gateway = network.gateway if network.mode == "nat" else ""
             cards.append(NewCard(old=old.mac, mac=nic.mac, address=address, gateway=gateway))
     if cards and vm.spec.guest.agent:

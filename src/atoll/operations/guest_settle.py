@@ -62,7 +62,7 @@ for card in /sys/class/net/*; do
     ip link set "$name" down
     ip link set "$name" address "$mac"
     ip addr flush dev "$name"
-    ip addr add "$address" dev "$name"
+    [ -n "$address" ] && ip addr add "$address" dev "$name"
     ip link set "$name" up
     [ -n "$gateway" ] && ip route replace default via "$gateway" dev "$name"
     # Whoever asks for addresses has the old one in mind.
@@ -85,7 +85,7 @@ class NewCard(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The hardware address that it has."""
     mac: str
     address: str
-    """With its prefix: `10.213.0.2/24`."""
+    """With its prefix: `10.213.0.2/24`; empty where it has to ask for one."""
     gateway: str = ""
 
 

@@ -194,7 +194,7 @@ class Placed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def _placed(manifest: Manifest, wanted: set[str], here: dict[str, str]) -> Placed:
     layers = [each.layer for each in manifest.layers if each.layer.id in wanted]
     disks = tuple(replace(disk, layer=here.get(disk.layer or "", disk.layer)) for disk in manifest.snapshot.spec.disks)
-    nics = tuple(networks.alone(replace(nic, ports=())) for nic in manifest.snapshot.spec.nics)
+    nics = tuple(networks.alone(replace(nic, ports=(), groups=(), limit=0)) for nic in manifest.snapshot.spec.nics)
     # The folders are another computer's; its memory knows their ports, though.
     folders = tuple(replace(share, host_path="") for share in manifest.snapshot.spec.shares)
     return Placed(

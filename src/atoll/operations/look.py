@@ -6,17 +6,20 @@ These use the `observe` monitor for a few milliseconds at a time, so they work w
 import asyncio
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atoll.errors import AtollError, EngineFailed, Unsupported
 from atoll.host import facts
 from atoll.host.sockets import connect
 from atoll.model.state import require
-from atoll.model.vm import Stats, Vm
-from atoll.operations import observe
+from atoll.model.vm import CardStats, Stats, Vm
+from atoll.operations import networks, observe
 from atoll.operations.services import Services
 from atoll.qemu.keys import chord, keys_of_text
 from atoll.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from atoll.host.link_text import Counted
 
 KEY_TIME = 0.02
 """Seconds that a key is held, and paused after: emulated keyboards buffer 16 bytes and don't tell when one is lost."""
@@ -24,7 +27,8 @@ LONGEST_KEY_TIME = 2.0
 """Seconds after which a key is over though the guest, on a busy computer, didn't get to run for its time."""
 
 
-def _monitor(services: Services, vm: Vm) -> Monitor:
+def observing(services: Services, vm: Vm) -> Monitor:
+    """QMP for a moment, without the VM's lock. Raises `WrongState` when it is stopped."""
     require(vm.name, observe.phase_of(services, vm), "console")
     return Monitor(connect(services.layout.vm(vm.id).socket("observe")))
 
@@ -45,7 +49,7 @@ async def screenshot(vm: Vm, *, services: Services) -> bytes:
         # QEMU wants a descriptor of the very mode it would open with: write-only.
         writing = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            async with _monitor(services, vm) as monitor:
+            async with observing(services, vm) as monitor:
                 added = await monitor.send_descriptor("add-fd", {"opaque": "screenshot"}, writing)
                 try:
                     where = {"filename": f"/dev/fdset/{added['fdset-id']}", "format": "png"}
@@ -79,7 +83,7 @@ async def _press(vm: Vm, chords: list[list[str]], services: Services) -> None:
         raise Unsupported(f"{vm.name}: it has no keyboard", next_step=f"Use `atoll console {vm.name}`.")
     for start in range(0, len(chords), 25):
         # A new connection now and then lets others ask in between.
-        async with _monitor(services, vm) as monitor:
+        async with observing(services, vm) as monitor:
             assert vm.run is not None
             threads = facts.threads_by_own_number(vm.run.pid)
             told = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
@@ -111,10 +115,10 @@ def _key_event(code: str, down: bool) -> dict[str, Any]:
 
 async def stats(vm: Vm, *, services: Services) -> Stats:
     """One reading of what a running VM uses. Raises `WrongState` when it is stopped."""
-    async with _monitor(services, vm) as monitor:
+    async with observing(services, vm) as monitor:
         blocks: list[dict[str, Any]] = await monitor.execute("query-blockstats")
     assert vm.run is not None
-    received, sent = await _network(vm, services)
+    cards = await _cards(vm, services)
     return Stats(
         at=time.time(),
         cpu_seconds=facts.cpu_seconds(vm.run.pid),
@@ -122,21 +126,50 @@ async def stats(vm: Vm, *, services: Services) -> Stats:
         memory_given=vm.spec.memory,
         disk_read=sum(block["stats"]["rd_bytes"] for block in blocks),
         disk_written=sum(block["stats"]["wr_bytes"] for block in blocks),
-        net_received=received,
-        net_sent=sent,
+        net_received=sum(card.received for card in cards) if cards else None,
+        net_sent=sum(card.sent for card in cards) if cards else None,
+        cards=cards,
     )
 
 
-async def _network(vm: Vm, services: Services) -> tuple[int | None, int | None]:
-    """Bytes as the guest counts them: user-mode networking has no counters of its own."""
+async def _cards(vm: Vm, services: Services) -> tuple[CardStats, ...]:
+    """Taps have counters. User-mode networking has none, so the guest is asked."""
+    from atoll.host import host_bridge
+    from atoll.host import network as world
+
+    counted: dict[str, Counted] = {}
+    for network in networks.shared_by(vm.spec):
+        here = await world.counters(services.layout.network(network))
+        counted |= here or await host_bridge.counters(network)
+    if any(nic.network is None for nic in vm.spec.nics):
+        counted |= {mac: told for mac, told in (await _told_by_guest(vm, services)).items() if mac not in counted}
+    return tuple(
+        CardStats(
+            nic=nic.name,
+            network=nic.network,
+            received=counted[nic.mac].received[0],
+            sent=counted[nic.mac].sent[0],
+            packets_received=counted[nic.mac].received[1],
+            packets_sent=counted[nic.mac].sent[1],
+        )
+        for nic in vm.spec.nics
+        if nic.mac in counted
+    )
+
+
+async def _told_by_guest(vm: Vm, services: Services) -> dict[str, "Counted"]:
+    from atoll.host.link_text import Counted
     from atoll.operations import guest_setup
 
-    if not vm.spec.guest.agent or not vm.spec.nics:
-        return None, None
+    if not vm.spec.guest.agent:
+        return {}
     try:
         interfaces = await guest_setup.interfaces(services.layout.vm(vm.id), timeout=2)
     except AtollError:
-        return None, None
-    macs = {nic.mac for nic in vm.spec.nics}
-    counters = [i.get("statistics", {}) for i in interfaces if i.get("hardware-address") in macs]
-    return sum(c.get("rx-bytes", 0) for c in counters), sum(c.get("tx-bytes", 0) for c in counters)
+        return {}
+    told = {each.get("hardware-address", ""): each.get("statistics") for each in interfaces}
+    return {
+        mac: Counted(received=(at["rx-bytes"], at["rx-packets"]), sent=(at["tx-bytes"], at["tx-packets"]))
+        for mac, at in told.items()
+        if at
+    }

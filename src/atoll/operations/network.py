@@ -6,7 +6,9 @@ rm       check ─ forget (undo: record it again) ─ end (point of no return): 
 A network comes up when the first VM on it starts, and again after a reboot.
 """
 
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -23,6 +25,7 @@ from atoll.operations.services import Services
 
 TOOLS: dict[Mode, tuple[str, ...]] = {
     "private": ("unshare", "nsenter", "setpriv", "ip", "nft", "dnsmasq"),
+    "bridge": ("ip", "nft"),
     "nat": ("unshare", "nsenter", "setpriv", "ip", "nft", "dnsmasq", "slirp4netns"),
 }
 
@@ -34,18 +37,66 @@ class RemoveNetworkRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fie
 async def create(request: NetworkRequest, *, services: Services) -> Network:
     """Raises `InvalidInput`, `AlreadyExists`, `MissingTool`, `Unsupported` where namespaces are refused."""
     subnets.check_name(request.name)
+    _check_bridge(request)
     _check_host(request.mode)
-    others = services.records.networks()
+    if request.mode == "bridge":
+        network = await _of_bridge(request)
+    else:
+        network = _own(request, [each.subnet for each in services.records.networks() if each.subnet])
+    await perform(CREATE, network, services=services, subject=network.id, subject_name=network.name)
+    return network
+
+
+def _check_bridge(request: NetworkRequest) -> None:
+    if (request.mode == "bridge") is not bool(request.bridge):
+        raise InvalidInput(
+            "a bridge belongs to the mode bridge, and that needs one",
+            next_step="Write it like --mode bridge --bridge br0, or leave both away.",
+        )
+    if request.mode != "bridge":
+        return
+    if request.subnet is not None or request.dns_domain is not None or request.ipv6:
+        raise InvalidInput(
+            "a network of mode bridge has neither a subnet nor a domain of its own",
+            "addresses and names come from the network behind the bridge",
+            "Leave --subnet, --ipv6 and --dns-domain away.",
+        )
+    if os.geteuid() != 0:
+        raise Unsupported(
+            "networks of mode bridge are root's",
+            "an ordinary user may put nothing on this computer's bridges",
+            "Use sudo; or mode nat, with published ports.",
+        )
+
+
+async def _of_bridge(request: NetworkRequest) -> Network:
+    from atoll.host import host_bridge
+
+    assert request.bridge is not None
+    await host_bridge.check(request.bridge)
+    return Network(
+        id=new_id(),
+        name=request.name,
+        mode="bridge",
+        bridge=request.bridge,
+        subnet="",
+        gateway="",
+        domain="",
+        created_at=time.time(),
+    )
+
+
+def _own(request: NetworkRequest, others: Sequence[str]) -> Network:
     if request.subnet is not None:
         subnet = subnets.check_subnet(request.subnet)
         if request.mode == "nat" and (hidden := subnets.overlapped(subnet, host_routes())):
             raise InvalidInput(f"the subnet {subnet} can't be", f"this computer reaches {hidden}", "Choose another.")
     else:
-        subnet = subnets.free_subnet([*(other.subnet for other in others), *host_routes()])
+        subnet = subnets.free_subnet([*others, *host_routes()])
     if request.ipv6 and not Path("/proc/sys/net/ipv6").exists():
         raise Unsupported("the network can't have IPv6", "this computer's kernel has none", "Leave --ipv6 away.")
     domain = subnets.check_domain(request.dns_domain or f"{request.name}.{subnets.OWN_DOMAIN}")
-    network = Network(
+    return Network(
         id=new_id(),
         name=request.name,
         mode=request.mode,
@@ -55,14 +106,15 @@ async def create(request: NetworkRequest, *, services: Services) -> Network:
         created_at=time.time(),
         subnet6=subnets.new_subnet6() if request.ipv6 else None,
     )
-    await perform(CREATE, network, services=services, subject=network.id, subject_name=network.name)
-    return network
 
 
 def _check_host(mode: Mode) -> None:
     for tool in TOOLS[mode]:
         process.find(tool)
-    for feature, what in ((kernel.user_namespaces(), "user namespaces"), (kernel.tun(), "network taps")):
+    needed = [(kernel.tun(), "network taps")]
+    if mode != "bridge":
+        needed = [(kernel.user_namespaces(), "user namespaces"), *needed]
+    for feature, what in needed:
         if not feature.usable:
             raise Unsupported(f"networks need {what}", feature.why, "`atoll doctor` tells what can be done.")
 
@@ -102,7 +154,7 @@ async def _unrecord(context: Context[Network]) -> None:
 
 async def _tell(context: Context[Network]) -> None:
     network = context.request
-    data = {"mode": network.mode, "subnet": network.subnet}
+    data = {"mode": network.mode, "subnet": network.subnet, "bridge": network.bridge}
     context.services.records.add_event("network.created", name=network.name, data=data)
 
 
@@ -127,10 +179,14 @@ async def _record_again(context: Context[RemoveNetworkRequest]) -> None:
 
 
 async def _end(context: Context[RemoveNetworkRequest]) -> None:
+    from atoll.host import host_bridge
     from atoll.host import network as world
 
     async with locked(context.services, [context.subject]):
-        world.end(context.subject, context.services.layout.network(context.subject))
+        if context.request.network.mode == "bridge":
+            await host_bridge.end(context.subject)
+        else:
+            world.end(context.subject, context.services.layout.network(context.subject))
     context.services.records.add_event("network.removed", name=context.request.network.name)
     for lock in (context.subject, f"network-{context.subject}"):
         context.services.layout.vm_lock(lock).unlink(missing_ok=True)

@@ -60,7 +60,8 @@ def find_group(services: Services, name: str) -> Group:
 
 async def create_group(name: str, rules: Sequence[str], *, services: Services) -> None:
     """Raises `InvalidInput`, `AlreadyExists`, `NotFound` for a group that the rules mean."""
-    if any(group.name == groups.check_name(name) for group in services.records.groups()):
+    groups.check_name(name)
+    if any(group.name == name for group in services.records.groups()):
         raise AlreadyExists(
             f"there is a security group '{name}' already",
             next_step=f"Choose another name, or change it with `atoll net group set {name}`.",
@@ -124,8 +125,9 @@ async def _tell_all(context: Context[GroupChange]) -> None:
 
 async def set_card(vm: Vm, request: NicSetRequest, *, services: Services) -> list[Change]:
     """Other groups, or another limit, for a card on a network. Raises `InvalidInput`, `NotFound`."""
-    network = None if request.network is None else networks.find_network(services, request.network).id
-    before = networks.card_on(vm, network)
+    before = networks.card_of(services, vm, network=request.network, shared=True)
+    assert before.network
+    resolve_nics.check_ruled(networks.network_of(services, before.network), request.groups or (), request.limit or 0)
     after = before
     if request.groups is not None:
         networks.check_groups(services, request.groups)

@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from msgspec.structs import replace
 
 from atoll.errors import InvalidInput, NotFound
 from atoll.model.names import find
-from atoll.model.network import Impairment, Members, Network, NetworkInfo
-from atoll.model.requests import ImpairRequest
+from atoll.model.network import Attached, Members, Network, NetworkInfo
 from atoll.model.spec import NOWHERE, NicSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations.services import Services
@@ -30,17 +29,18 @@ def network_of(services: Services, network_id: str) -> Network:
 
 
 def list_networks(services: Services) -> list[NetworkInfo]:
-    from atoll.host.network import is_up
-
     attached = services.records.attached()
-    return [
-        NetworkInfo(
-            network=network,
-            up=is_up(services.layout.network(network.id)),
-            attached=tuple(attached.get(network.id, ())),
-        )
-        for network in services.records.networks()
-    ]
+    return [_observed(services, network, attached.get(network.id, ())) for network in services.records.networks()]
+
+
+def _observed(services: Services, network: Network, attached: Sequence[Attached]) -> NetworkInfo:
+    from atoll.host.host_bridge import is_there
+    from atoll.host.network import impairments, is_up
+
+    paths = services.layout.network(network.id)
+    up = is_there(network.bridge) if network.mode == "bridge" else is_up(paths)
+    wrong = tuple(impairments(paths)) if up else ()
+    return NetworkInfo(network=network, up=up, attached=tuple(attached), impairments=wrong)
 
 
 def members_of(services: Services, network: Network) -> Members:
@@ -54,16 +54,6 @@ def check_groups(services: Services, names: Iterable[str]) -> None:
     for name in names:
         if name not in there:
             raise NotFound(f"there is no security group '{name}'", next_step="`atoll net group ls` lists them.")
-
-
-def card_on(vm: Vm, network_id: str | None) -> NicSpec:
-    """The VM's card on a network, or on the only one that it is on. Raises `NotFound`, `InvalidInput`."""
-    on = [nic for nic in vm.spec.nics if nic.network and network_id in (None, nic.network)]
-    if not on:
-        raise NotFound(f"{vm.name} isn't on that network", next_step=f"`atoll show {vm.name}` tells its cards.")
-    if len(on) > 1:
-        raise InvalidInput(f"{vm.name} is on {len(on)} networks", next_step="Say which with --network.")
-    return on[0]
 
 
 def lock_of(network_id: str) -> str:
@@ -96,7 +86,7 @@ async def addressed(services: Services, vm: Vm) -> AsyncIterator[Vm]:
     async with locked(services, shared_by(vm.spec)):
         nics = []
         for nic in vm.spec.nics:
-            if nic.network and nic.address is None:
+            if nic.network and nic.address is None and network_of(services, nic.network).mode != "bridge":
                 taken = {each.address for each in services.records.attached(nic.network).get(nic.network, ())}
                 taken |= {other.address for other in vm.spec.nics if other.address and other.network == nic.network}
                 nic = replace(nic, address=free_address(network_of(services, nic.network), taken))
@@ -141,15 +131,19 @@ async def taps(services: Services, vm: Vm, spec: VmSpec) -> AsyncIterator[dict[s
 
 async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
     """A tap for one card: a descriptor that the caller closes."""
+    from atoll.host import host_bridge
     from atoll.host import network as world
     from atoll.host.namespace import open_tap
     from atoll.operations import network_ports
 
     if nic.network == NOWHERE:
         return open_tap(None, "alone")
-    assert nic.network is not None and nic.address is not None
+    assert nic.network is not None
     async with locked(services, [nic.network]):
         network = network_of(services, nic.network)
+        if network.mode == "bridge":
+            return await host_bridge.add_tap(network, nic.mac, nic.address or "")
+        assert nic.address is not None
         paths = services.layout.network(network.id)
         members = members_of(services, network)
         holder = await world.ensure(members, paths)
@@ -158,23 +152,20 @@ async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
         return await world.add_tap(holder, paths, members, mac=nic.mac, address=nic.address)
 
 
-async def impair(vm: Vm, request: ImpairRequest, *, services: Services) -> None:
-    """Let a VM's cable work badly until the network goes down. Raises `NotFound`, `InvalidInput`, `WrongState`."""
-    from atoll.host import network as world
-
-    nic = card_on(vm, None if request.network is None else find_network(services, request.network).id)
-    if not 0 <= request.loss <= 100 or request.rate < 0:
-        raise InvalidInput("no cable can do that", "it loses 0 to 100 %", "Write it like --loss 5%.")
-    assert nic.network
-    async with locked(services, [nic.network]):
-        members = members_of(services, network_of(services, nic.network))
-        macs = {each.vm: each.mac for each in members.attached}
-        for other in request.cut_from:
-            if other not in macs or other == vm.name:
-                raise NotFound(f"'{other}' isn't another VM on that network", next_step=f"There are {', '.join(macs)}.")
-        cut_from = tuple(macs[other] for other in request.cut_from)
-        impairment = Impairment(mac=nic.mac, loss=request.loss, rate=request.rate, cut_from=cut_from)
-        await world.impair(members, services.layout.network(nic.network), impairment)
+def card_of(
+    services: Services, vm: Vm, *, network: str | None = None, name: str | None = None, shared: bool = False
+) -> NicSpec:
+    """The one that is meant: by its network, by its name, else the only one. Raises `NotFound`, `InvalidInput`."""
+    wanted = None if network is None else find_network(services, network).id
+    on = [nic for nic in vm.spec.nics if nic.network != NOWHERE and (nic.network or not shared)]
+    found = [nic for nic in on if wanted in (None, nic.network) and name in (None, nic.name)]
+    if not found:
+        what = f"has no card '{name}'" if name else "isn't on that network" if on else "isn't on a network"
+        raise NotFound(f"{vm.name} {what}", next_step=f"`atoll show {vm.name}` tells its cards.")
+    if len(found) > 1:
+        what = "on" if shared else "connected to"
+        raise InvalidInput(f"{vm.name} is {what} {len(found)} networks", next_step="Say which with --network.")
+    return found[0]
 
 
 async def tell_names(services: Services, network_ids: Iterable[str]) -> None:
@@ -187,5 +178,17 @@ async def tell_names(services: Services, network_ids: Iterable[str]) -> None:
     for each in ids:
         async with locked(services, [each]):
             network = services.records.network(each)
-            if network is not None:
+            if network is not None and network.mode != "bridge":
                 await world.tell(members_of(services, network), services.layout.network(each))
+    await mend_bridges(services, ids)
+
+
+async def mend_bridges(services: Services, network_ids: Iterable[str]) -> None:
+    """After taps have gone: what this computer's own bridges have of them goes, too."""
+    for each in network_ids:
+        network = services.records.network(each)
+        if network is not None and network.mode == "bridge":
+            from atoll.host import host_bridge
+
+            async with locked(services, [each]):
+                await host_bridge.mend(each)

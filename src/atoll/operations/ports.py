@@ -45,7 +45,7 @@ def _publishing(vm: Vm, services: Services) -> NicSpec:
     if vm.spec.nics:
         raise Unsupported(
             f"{vm.name}: its ports can't be published",
-            "private networks have no way in",
+            "private networks have no way in, and on a bridge a VM is reached by its own address",
             f"Attach it to a network of mode nat as well: `atoll net attach {vm.name} NETWORK`.",
         )
     raise Unsupported(f"{vm.name}: it has no network", next_step="Ports need one: create it without --network none.")

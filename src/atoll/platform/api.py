@@ -17,6 +17,7 @@ from atoll.model.network import Network, NetworkInfo
 from atoll.model.operation import Operation, Progress
 from atoll.model.requests import (
     BuildRequest,
+    CaptureRequest,
     CreateRequest,
     DiskRequest,
     ImpairRequest,
@@ -160,7 +161,15 @@ class AsyncVm(Protocol):
         """Take the card on a network away, at once where the guest lets go of it."""
 
     async def net_impair(self, request: ImpairRequest) -> None:
-        """Let its cable on a network lose packets, be slow, or not reach others; `ImpairRequest()` mends it."""
+        """Let its cable on a network lose, delay or double packets, or not reach others; `ImpairRequest()` mends it."""
+
+    def net_capture(
+        self, request: CaptureRequest | None = None, *, on_lost: Callable[[int], None] | None = None
+    ) -> AsyncIterator[bytes]:
+        """What passes through a card from now on, as a pcap file: its header, then each frame as one item.
+
+        Frames that come faster than they are taken are lost here, not to the guest; `on_lost` is told how many.
+        """
 
     async def snapshot(
         self,
@@ -299,6 +308,12 @@ class AsyncNetworks(Protocol):
     async def ls(self) -> list[NetworkInfo]: ...
     async def show(self, reference: str) -> NetworkInfo: ...
     async def create(self, request: NetworkRequest | str) -> Network: ...
+
+    async def exec(self, reference: str, command: Sequence[str], *, stdin: bytes | None = None) -> ExecResult:
+        """Run a program of this computer in the network, which comes up for that: it reaches VMs by their names."""
+
+    async def command_line(self, reference: str, command: Sequence[str]) -> list[str]:
+        """What runs it there, for who wants to start it himself."""
 
     async def rm(self, reference: str, *, force: bool = False) -> None:
         """One that VMs have cards on only with `force`, which takes those away."""

@@ -204,6 +204,7 @@ class Vm(_Handle[AsyncVm]):
     net_set = _blocking(AsyncVm.net_set)
     net_detach = _blocking(AsyncVm.net_detach)
     net_impair = _blocking(AsyncVm.net_impair)
+    net_capture = _plain_iterator(AsyncVm.net_capture)
     snapshot = _blocking(AsyncVm.snapshot)
     history = _blocking(AsyncVm.history)
     restore = _blocking(AsyncVm.restore)
@@ -312,6 +313,8 @@ class Networks(_Handle[AsyncNetworks]):
     ls = _blocking(AsyncNetworks.ls)
     show = _blocking(AsyncNetworks.show)
     create = _blocking(AsyncNetworks.create)
+    exec = _blocking(AsyncNetworks.exec)
+    command_line = _blocking(AsyncNetworks.command_line)
     rm = _blocking(AsyncNetworks.rm)
 
 

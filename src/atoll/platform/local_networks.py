@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from atoll.model.groups import GroupInfo
 from atoll.model.network import Network, NetworkInfo
 from atoll.model.requests import NetworkRequest
+from atoll.model.vm import ExecResult
 from atoll.operations.services import Services
 
 
@@ -34,6 +35,18 @@ class LocalNetworks:
 
         wanted = NetworkRequest(name=request) if isinstance(request, str) else request
         return await create(wanted, services=self._services)
+
+    async def command_line(self, reference: str, command: Sequence[str]) -> list[str]:
+        from atoll.operations.network_exec import command_line
+        from atoll.operations.networks import find_network
+
+        return await command_line(find_network(self._services, reference), command, services=self._services)
+
+    async def exec(self, reference: str, command: Sequence[str], *, stdin: bytes | None = None) -> ExecResult:
+        from atoll.operations.network_exec import execute
+        from atoll.operations.networks import find_network
+
+        return await execute(find_network(self._services, reference), command, services=self._services, stdin=stdin)
 
     async def rm(self, reference: str, *, force: bool = False) -> None:
         from atoll.operations.network import remove

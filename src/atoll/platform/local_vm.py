@@ -1,7 +1,7 @@
 """A handle to a VM of this machine."""
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,15 @@ from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
 from atoll.model.backup import Backup
 from atoll.model.difference import Difference
-from atoll.model.requests import DiskRequest, ImpairRequest, NicRequest, NicSetRequest, SetRequest, ShareRequest
+from atoll.model.requests import (
+    CaptureRequest,
+    DiskRequest,
+    ImpairRequest,
+    NicRequest,
+    NicSetRequest,
+    SetRequest,
+    ShareRequest,
+)
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
 from atoll.model.state import require
@@ -295,9 +303,16 @@ class LocalVm:
         return await detach(self._record(), find_network(self._services, network), services=self._services)
 
     async def net_impair(self, request: ImpairRequest) -> None:
-        from atoll.operations.networks import impair
+        from atoll.operations.network_impair import impair
 
         await impair(self._record(), request, services=self._services)
+
+    def net_capture(
+        self, request: CaptureRequest | None = None, *, on_lost: Callable[[int], None] | None = None
+    ) -> AsyncIterator[bytes]:
+        from atoll.operations.network_capture import capture
+
+        return capture(self._record(), request or CaptureRequest(), services=self._services, on_lost=on_lost)
 
     async def snapshot(
         self,

@@ -30,9 +30,9 @@ def read(rows: Iterable[Sequence[Any]]) -> list[Network]:
 
 def attached(rows: Iterable[Sequence[Any]]) -> dict[str, list[Attached]]:
     found: dict[str, list[Attached]] = {}
-    for network, vm_id, vm, nic, mac, address, named, limit, labels, subnet6 in rows:
+    for network, vm_id, vm, nic, mac, stored, named, limit, labels, subnet6 in rows:
         card = Attached(
-            vm_id=vm_id, vm=vm, nic=nic, mac=mac, address=address,
+            vm_id=vm_id, vm=vm, nic=nic, mac=mac, address="" if stored == mac else stored,
             groups=tuple(named.split()), limit=limit, labels=_labels.decode(labels),
             address6=_address6(subnet6, mac),
         )  # fmt: skip
@@ -100,16 +100,18 @@ def put_nics(db: sqlite3.Connection, vm: Vm) -> None:
 
 
 def _put_nic(db: sqlite3.Connection, vm: Vm, network: str, nic: NicSpec) -> None:
-    found = db.execute("SELECT name FROM networks WHERE id = ?", (network,)).fetchone()
+    found = db.execute("SELECT name, record FROM networks WHERE id = ?", (network,)).fetchone()
     if found is None:
         raise NotFound(
             f"{vm.name}: the network of its card '{nic.name}' is gone",
             "it was removed",
             "`atoll net ls` lists those that there are.",
         )
-    if nic.address is None:
+    if nic.address is None and _network.decode(found[1]).mode != "bridge":
         raise InvalidInput(f"{vm.name}: its card '{nic.name}' has no address on '{found[0]}'")
-    for what, column in ((nic.address, "address"), (nic.mac, "mac")):
+    # One whose address isn't ours to know stands there under its hardware address.
+    address = nic.address or nic.mac
+    for what, column in ((address, "address"), (nic.mac, "mac")):
         holder = db.execute(
             f"SELECT vms.name FROM nics JOIN vms ON vms.id = vm_id WHERE network_id = ? AND {column} = ?",
             (network, what),
@@ -118,5 +120,5 @@ def _put_nic(db: sqlite3.Connection, vm: Vm, network: str, nic: NicSpec) -> None
             raise AlreadyExists(
                 f"{vm.name}: {what} is taken on '{found[0]}'", f"'{holder[0]}' has it", "Choose another."
             )
-    row = (vm.id, network, nic.name, nic.mac, nic.address, " ".join(nic.groups), nic.limit)
+    row = (vm.id, network, nic.name, nic.mac, address, " ".join(nic.groups), nic.limit)
     db.execute("INSERT INTO nics VALUES (?, ?, ?, ?, ?, ?, ?)", row)
