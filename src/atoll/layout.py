@@ -82,6 +82,15 @@ class VmPaths:
         """Where that helper works; nobody else does."""
         return self.run / f"{nic}.net"
 
+    def share(self, number: int) -> Path:
+        """The process that serves a folder, once the guest has it mounted."""
+        return self.run / f"share{number}.json"
+
+    @property
+    def share_log(self) -> Path:
+        """What those that serve folders said."""
+        return self.logs / "shares.log"
+
     def lock(self, name: str) -> Path:
         """A lock file for `flock`: an agent exchange or a stream slot."""
         return self.run / f"{name}.lock"

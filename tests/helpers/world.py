@@ -100,9 +100,11 @@ async def _of_devices(vm: Vm, monitor: Monitor) -> list[str]:
         "firmware",
         "variables",
     }
+    ports = {each["label"] for each in await monitor.execute("query-chardev") if each["label"].startswith("share")}
     cards = {each["name"] for each in await monitor.execute("query-rx-filter")}
     return [
         *_compared(f"{vm.name}: plugged disk", disks, {devices.head_node(disk) for disk in vm.spec.disks}),
+        *_compared(f"{vm.name}: port of a share", ports, {devices.share_name(each) for each in vm.spec.shares}),
         *_compared(f"{vm.name}: card", cards, {f"nic-{nic.name}" for nic in vm.spec.nics}),
     ]
 

@@ -6,7 +6,7 @@ from atoll.cli.attach import KeyWatch, parse_keys
 from atoll.cli.copy import Place, parse_place
 from atoll.cli.execute import in_place
 from atoll.cli.failures import printable
-from atoll.cli.options import parse_disk, parse_pairs, parse_ports, without_dashes
+from atoll.cli.options import parse_disk, parse_pairs, parse_ports, parse_share, without_dashes
 from atoll.cli.output import cells, cut, table_lines
 from atoll.cli.progress import amount
 from atoll.errors import InvalidInput
@@ -143,3 +143,23 @@ def test_commands_for_a_terminal_get_folder_and_environment_from_a_shell() -> No
 def test_only_the_first_dashes_are_ours() -> None:
     assert without_dashes(("--", "ls", "--", "x")) == ("ls", "--", "x")
     assert without_dashes(("ls",)) == ("ls",)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("./a:/b", ("./a", "/b", False)),
+        ("/a:/b:ro", ("/a", "/b", True)),
+        ("/a:/b:rw", ("/a", "/b", False)),
+        ("/a\\:x:/b\\:y", ("/a:x", "/b:y", False)),
+    ],
+)
+def test_a_share_is_two_paths_and_how(text: str, told: tuple[str, str, bool]) -> None:
+    share = parse_share(text)
+    assert (share.host_path, share.guest_path, share.read_only) == told
+
+
+@pytest.mark.parametrize("text", ["", "/a", "/a:", ":/b", "/a:/b:xx", "/a:/b:ro:more"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="shares no folder"):
+        parse_share(text)

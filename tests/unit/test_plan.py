@@ -14,7 +14,7 @@ from atoll.errors import InvalidInput, Unsupported
 from atoll.layout import Layout
 from atoll.model.image import Layer
 from atoll.model.launch import Capabilities, Firmware, LaunchPlan
-from atoll.model.spec import BootSpec, CpuSpec, DiskSpec, GuestSpec, NicSpec, PortSpec, SeedSpec, VmSpec
+from atoll.model.spec import BootSpec, CpuSpec, DiskSpec, GuestSpec, NicSpec, PortSpec, SeedSpec, ShareSpec, VmSpec
 from atoll.model.units import GIB, MIB
 from atoll.model.vm import Vm
 from atoll.qemu.devices import assign_addresses, head_node
@@ -79,6 +79,7 @@ CASES: dict[str, PlanInputs] = {
     "q35-kernel-plugged-disk": inputs(
         replace(TINY, disks=(ROOT, DiskSpec(name="hot", size=GIB, head="cafe" * 8)), addresses={"disk-hot": "hotplug0"})
     ),
+    "q35-kernel-shares": inputs(replace(TINY, shares=(ShareSpec(number=3, host_path="/srv", guest_path="/mnt"),))),
     "q35-bios-cd-floppy": inputs(
         VmSpec(
             machine_type="pc-q35-10.0",

@@ -103,3 +103,16 @@ def test_a_program_behind_it_has_threads_and_no_sockets(tmp_path: Path) -> None:
     assert os.read(ended, 1) == b"", "it has ended"
     os.close(ended)
     assert told.read_text() == "refused\n"
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_who_serves_files_makes_no_processes_and_no_setuid_programs(machine: str) -> None:
+    program = filter_program(own_pid=1, serves_files=True, machine=machine)
+    arch, column = seccomp._ARCHITECTURES[machine]
+    assert answer(program, seccomp._CLONE[column], (0,), arch=arch) == DENY_EPERM
+    for numbers, place in seccomp._MODES:
+        if (number := numbers[column]) is None:
+            continue
+        for mode, expected in ((0o644, ALLOW), (0o1777, ALLOW), (0o4755, DENY_EPERM), (0o2755, DENY_EPERM)):
+            arguments = tuple(mode if each == place else 0o6000 for each in range(4))
+            assert answer(program, number, arguments, arch=arch) == expected, (number, oct(mode))

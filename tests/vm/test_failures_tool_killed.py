@@ -16,10 +16,11 @@ from tests.helpers.ports import free_port
 from tests.helpers.world import disagreements
 
 from atoll.host import namespace
-from atoll.model.requests import DiskRequest, NicSetRequest, SetRequest
+from atoll.model.requests import DiskRequest, NicSetRequest, SetRequest, ShareRequest
 from atoll.model.spec import PortSpec
 from atoll.model.state import Phase
 from atoll.operations.engine import Context, Step, Verb
+from atoll.operations.guest_agent import let_go
 from atoll.operations.registry import VERBS
 from atoll.operations.services import Services
 from atoll.platform.local import LocalHost
@@ -370,6 +371,25 @@ async def has_other_rules(stage: Stage) -> bool:
     return (await stage.factory.host.networks.groups.show("web")).rules == ("deny in any from any",)
 
 
+async def is_shared(stage: Stage) -> bool:
+    return bool(await (await stage.vm()).shares())
+
+
+async def nothing_shared(stage: Stage) -> None:
+    await running(stage)
+    if await is_shared(stage):
+        await (await stage.vm()).share_rm("/mnt/s")
+
+
+async def something_shared(stage: Stage) -> None:
+    await running(stage)
+    request = ShareRequest(host_path=str(stage.factory.folder), guest_path="/mnt/s")
+    vm = await stage.vm()
+    assert (await vm.share_add(request)).state == "shared"
+    # The tool that is killed wants the agent, and nobody here hears that it does.
+    await let_go(stage.factory.layout.vm(vm.id))
+
+
 async def is_attached(stage: Stage) -> bool:
     """It is recorded; that the machine has it too is seen for each verb."""
     return any((await stage.factory.host.networks.show("lab")).attached)
@@ -417,6 +437,12 @@ CASES: dict[str, Case] = {
     ),
     "export": Case(no_bundle, "await (await host.get('v')).export({bundle!r})", has_bundle),
     "import": Case(a_bundle, "await host.import_bundle({bundle!r}, 'new')", is_imported),
+    "share add": Case(
+        nothing_shared,
+        "await (await host.get('v')).share_add(ShareRequest(host_path={folder!r}, guest_path='/mnt/s'))",
+        is_shared,
+    ),
+    "share rm": Case(something_shared, "await (await host.get('v')).share_rm('/mnt/s')", lambda s: _not(is_shared(s))),
     "net create": Case(no_network, "await host.networks.create('lab')", has_network),
     "net rm": Case(network_that_is_up, "await host.networks.rm('lab')", lambda s: _not(has_network(s))),
     "net attach": Case(detached, "await (await host.get('v')).net_attach('lab')", is_attached),
@@ -452,9 +478,9 @@ async def stage(factory: Factory) -> Stage:
 
 def action_of(case: Case, stage: Stage, number: int = 0) -> str:
     blank, bundle, backups = (str(stage.factory.folder / name) for name in ("blank.img", "bundle", "backups"))
-    return case.action.format(port=stage.port, number=number, blank=blank, bundle=bundle, backups=backups)
-    blank, bundle = (str(stage.factory.folder / name) for name in ("blank.img", "bundle"))
-    return case.action.format(port=stage.port, number=number, blank=blank, bundle=bundle)
+    return case.action.format(
+        port=stage.port, number=number, blank=blank, bundle=bundle, backups=backups, folder=str(stage.factory.folder)
+    )
 
 
 async def settled(factory: Factory) -> list[str]:

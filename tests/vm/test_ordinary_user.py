@@ -120,6 +120,12 @@ def test_everything_works_without_root(person: Person) -> None:
         )
         assert of_root.stdout == b"", "each user has machines of their own"
         networks_work(person)
+        folder = person.home / "shared"
+        folder.mkdir()
+        os.chown(folder, USER, USER)
+        assert b"shared" in person.atoll("share", "add", "mine", "shared:/mnt/here")
+        person.atoll("exec", "mine", "--", "sh", "-c", "echo theirs >/mnt/here/file")
+        assert (folder / "file").read_text() == "theirs\n" and (folder / "file").stat().st_uid == USER
         person.atoll("stop", "mine")
     finally:
         person.run(sys.executable, "-c", ATOLL, "rm", "--force", "mine", "other")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from atoll.cli.failures import Format
+from atoll.cli.failures import Format, note
 from atoll.cli.options import VM
 from atoll.cli.output import emit, format_option
 
@@ -73,11 +73,17 @@ def import_command(file: str, name: str | None, quiet: bool, format: Format) -> 
     if file == "-" and sys.stdin.isatty():
         raise InvalidInput("a bundle doesn't come from a terminal", next_step="Name a file, or use a pipe.")
 
-    async def action(host: "AsyncHost") -> "AsyncVm":
+    async def action(host: "AsyncHost") -> tuple["AsyncVm", list[str]]:
         with Shown(f"importing {file}", quiet=quiet) as shown:
-            return await host.import_bundle(sys.stdin.buffer if file == "-" else file, name, report=shown.report)
+            made = await host.import_bundle(sys.stdin.buffer if file == "-" else file, name, report=shown.report)
+        return made, [share.guest_path for node in await made.history() for share in node.snapshot.spec.shares]
 
-    made = perform(action)
+    made, left_out = perform(action)
+    if left_out:
+        note(
+            f"What was shared with it at {', '.join(left_out)} was another computer's, and is left out. "
+            f"`atoll share add {made.name} HERE:GUEST` shares folders of this one."
+        )
     if format == "table":
         click.echo(made.name)
     else:

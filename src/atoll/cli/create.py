@@ -19,6 +19,7 @@ from atoll.cli.options import (
     parse_nics,
     parse_pairs,
     parse_ports,
+    parse_share,
     read_text,
     without_dashes,
 )
@@ -46,6 +47,10 @@ _OPTIONS = [
     click.option(
         "--publish", "-p", "ports", multiple=True, metavar="PORTS",
         help="[ADDRESS:]HOST:GUEST[/tcp|udp], also ranges. Repeatable.",
+    ),
+    click.option(
+        "--volume", "-v", "shares", multiple=True, metavar="HERE:GUEST[:ro]",
+        help="A folder of this computer that the guest sees at GUEST. Repeatable.",
     ),
     click.option(
         "--network", "networks", type=CARD, multiple=True, metavar="NETWORK[,address=…][,mac=…][,group=…][,limit=…]",
@@ -104,6 +109,7 @@ def _request(image: str | None, *, password_stdin: bool, **options: Any) -> Crea
         nics=() if alone else parse_nics(networks),
         ports=tuple(port for text in options.pop("ports") for port in parse_ports(text)),
         disks=tuple(parse_disk(text) for text in options.pop("disks")),
+        shares=tuple(parse_share(text) for text in options.pop("shares")),
         labels=parse_pairs(options.pop("labels"), option="--label"),
         ssh_keys=tuple(key for key in keys if key and not key.startswith("#")),
         user_data=None if user_data is None else read_text(user_data, option="--user-data"),

@@ -13,6 +13,7 @@ from atoll.model.vm import VmInfo
 
 if TYPE_CHECKING:
     from atoll.model.spec import LimitSpec, NicSpec, VmSpec
+    from atoll.model.vm import ShareInfo
     from atoll.platform.api import AsyncHost
 
 
@@ -131,6 +132,7 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
         ("Disks", disks),
         ("Limits", _limits(spec.limits)),
         ("Network", "\n".join(_nic(nic, networks) for nic in spec.nics)),
+        ("Shares", "\n".join(_share(share) for share in info.shares)),
         ("Ports", "\n".join(_ports(spec))),
         ("Display", spec.display),
         ("Guest agent", "yes" if spec.guest.agent else "no"),
@@ -165,6 +167,12 @@ def _nic(nic: "NicSpec", networks: dict[str, str]) -> str:
         where += f", groups {'+'.join(nic.groups)}" if nic.groups else ""
         where += f", limit {format_rate(nic.limit)}" if nic.limit else ""
     return f"{nic.name} {nic.mac} {nic.model}{where}"
+
+
+def _share(share: "ShareInfo") -> str:
+    access = " (read-only)" if share.read_only else ""
+    state = f": {share.state}" if share.state != "shared" else ""
+    return f"{share.host_path} at {share.guest_path}{access}{state}"
 
 
 def _way_on(info: VmInfo) -> str:

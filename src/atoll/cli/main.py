@@ -36,6 +36,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "port": "port",
         "net": "net",
         "disk": "disk",
+        "share": "share",
     },
     "Inside a virtual machine": {
         "exec": "execute",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from atoll.errors import InvalidInput, from_os_error
-from atoll.model.requests import DiskRequest, NicRequest
+from atoll.model.requests import DiskRequest, NicRequest, ShareRequest
 from atoll.model.spec import PortSpec
 from atoll.model.units import parse_duration
 
@@ -231,6 +231,17 @@ def parse_nics(texts: Iterable[str]) -> tuple[NicRequest, ...]:
         )
         nics.append(nic)
     return tuple(nics)
+
+
+def parse_share(text: str) -> ShareRequest:
+    """`HERE:GUEST`, `HERE:GUEST:ro`; a colon of a name is written `\\:`."""
+    parts = [part.replace("\\:", ":") for part in re.split(r"(?<!\\):", text)]
+    if len(parts) not in (2, 3) or not all(parts) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
+        raise InvalidInput(
+            f"'{text}' shares no folder",
+            next_step="Write HERE:GUEST or HERE:GUEST:ro, such as ./site:/srv/site; \\: for a colon in a name.",
+        )
+    return ShareRequest(host_path=parts[0], guest_path=parts[1], read_only=parts[2:] == ["ro"])
 
 
 def parse_percent(text: str) -> float:

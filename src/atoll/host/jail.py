@@ -27,6 +27,7 @@ BASE = "/sys"
 """The folder that the empty root is mounted over: every Linux has it, and nothing that a jail shows is below it."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 USERFAULTFD = "/dev/userfaultfd"
+SHARED = "/share"
 WORKPLACE = "/run"
 """Where a helper finds the folder that it works in."""
 
@@ -36,6 +37,13 @@ class Ids(Struct, frozen=True, kw_only=True):
 
     user: int
     group: int
+
+
+class ServedFolder(Struct, frozen=True, kw_only=True):
+    """A folder of the host that is shown to a program that serves it."""
+
+    path: str
+    read_only: bool
 
 
 class Jail(Struct, frozen=True, kw_only=True):
@@ -65,6 +73,10 @@ class Jail(Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = DEVICES
     writes_tracked: bool = False
     """It gets a userfaultfd device of its own, for snapshots that are written while the guest runs."""
+    served: ServedFolder | None = None
+    """At `SHARED` in the empty root; where there is none, at its own path."""
+    texts: tuple[tuple[str, str], ...] = ()
+    """Files that are written into the empty root: path and content."""
     landlock: int = 0
     """The version of the interface to use; 0 for none."""
     filtered: bool = False
@@ -104,16 +116,22 @@ def shut_in(jail: Jail, shown: Sequence[int], filter_buffer: "ctypes.Array[ctype
     elif jail.landlock:
         programs = ("/",) if jail.namespaces else jail.programs
         devices = (*jail.devices, USERFAULTFD) if jail.writes_tracked else jail.devices
+        served = [] if jail.served is None else [(_place(jail, jail.served), jail.served.read_only)]
         landlock.restrict(
             jail.landlock,
             programs=programs,
             readable=shown,
             devices=devices,
+            served=served,
             sockets_in=("." if jail.folder else None),
             tcp=jail.sockets,
         )
     if filter_buffer is not None:
         syscalls.filter_system_calls(filter_buffer)
+
+
+def _place(jail: Jail, folder: ServedFolder) -> str:
+    return SHARED if jail.namespaces else folder.path
 
 
 def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
@@ -132,8 +150,12 @@ def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
         _make_file(BASE + path)
     if jail.writes_tracked:
         _make_device(USERFAULTFD, BASE + USERFAULTFD, owner=jail.ids)
+    for path, text in jail.texts:
+        _make_file(BASE + path, text.encode())
     if jail.folder:
         os.makedirs(BASE + WORKPLACE, exist_ok=True)
+    if jail.served is not None:
+        os.makedirs(BASE + SHARED, exist_ok=True)
     if jail.nests:
         os.makedirs(BASE + "/tmp", exist_ok=True)
     syscalls.set_mount_attributes(BASE, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
@@ -141,6 +163,8 @@ def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
         syscalls.mount(path, BASE + path, None, syscalls.MS_BIND)
     if jail.folder:
         syscalls.mount(jail.folder, BASE + WORKPLACE, None, syscalls.MS_BIND)
+    if jail.served is not None:
+        _show_served(jail.served)
     os.chdir(BASE)
     syscalls.pivot_root_here()
     os.chdir(WORKPLACE if jail.folder else "/")
@@ -162,9 +186,19 @@ def _show(path: str) -> None:
     syscalls.mount(path, target, None, syscalls.MS_BIND | syscalls.MS_REC)
 
 
-def _make_file(path: str) -> None:
+def _show_served(folder: ServedFolder) -> None:
+    """With what is mounted below it: in a user namespace a part can't be had without."""
+    syscalls.mount(folder.path, BASE + SHARED, None, syscalls.MS_BIND | syscalls.MS_REC)
+    attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+    attributes |= syscalls.MOUNT_ATTR_RDONLY if folder.read_only else 0
+    syscalls.set_mount_attributes(BASE + SHARED, attributes, recursive=True)
+
+
+def _make_file(path: str, content: bytes = b"") -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o444)
+    os.write(descriptor, content)
+    os.close(descriptor)
 
 
 def _make_device(like: str, path: str, *, owner: Ids | None) -> None:

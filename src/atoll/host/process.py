@@ -44,6 +44,7 @@ PACKAGES = {
     "nsenter": "util-linux",
     "unshare": "util-linux",
     "setpriv": "util-linux",
+    "sftp-server": "openssh-sftp-server",
 }
 
 
@@ -60,9 +61,13 @@ class Finished:
         return self.stdout.decode(errors="replace")
 
 
+_ELSEWHERE = "/usr/sbin:/sbin:/usr/local/sbin:/usr/lib/openssh:/usr/libexec/openssh:/usr/lib/ssh:/usr/libexec"
+"""System folders that an ordinary user's PATH lacks, and those in which distributions have the SFTP server."""
+
+
 def find(program: str) -> str:
-    """The program's path, also from the system folders that an ordinary user's PATH lacks. Raises `MissingTool`."""
-    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin:/usr/local/sbin")
+    """The program's path, also from folders that aren't in PATH. Raises `MissingTool`."""
+    path = shutil.which(program) or shutil.which(program, path=_ELSEWHERE)
     if path is None and "/" in program:
         raise MissingTool(f"{program} can't be run", "there is no such program")
     if path is None:

@@ -54,6 +54,12 @@ _FAMILIES = (1, 2, 10, 16)
 _SOCKET, _NETLINK_NETFILTER = (41, 198), 12
 _CLONE, _CLONE3, _TGKILL, _PRLIMIT, _IOCTL = (56, 220), (435, 435), (234, 131), (302, 261), (16, 29)
 _MMAP, _SHARED_ANONYMOUS = (9, 222), 0x21
+_FORKING = ((56, 220), (57, None), (58, None))
+"""clone, fork, vfork."""
+_MODES = (((90, None), 1), ((91, 52), 1), ((268, 53), 2), ((452, 452), 2), ((257, 56), 3), ((2, None), 2),
+          ((85, None), 1), ((83, None), 1), ((258, 34), 2))  # fmt: skip
+"""chmod, fchmod, fchmodat, fchmodat2, openat, open, creat, mkdir, mkdirat; and which argument is the mode."""
+_OPENAT2, _SET_ID_BITS = (437, 437), 0o6000
 _ARCHITECTURES = {
     "x86_64": (0xC000003E, 0),
     "amd64": (0xC000003E, 0),
@@ -69,11 +75,19 @@ def known(machine: str | None = None) -> bool:
     return (machine or platform.machine()).lower() in _ARCHITECTURES
 
 
-def filter_program(*, own_pid: int, sockets: bool = False, nests: bool = False, machine: str | None = None) -> bytes:
+def filter_program(
+    *,
+    own_pid: int,
+    sockets: bool = False,
+    nests: bool = False,
+    serves_files: bool = False,
+    machine: str | None = None,
+) -> bytes:
     """The program for a process that has `own_pid` in its own pid namespace: it may signal its own threads.
 
     With `sockets` it may make sockets of the families that a network's helpers need, and connect them. One that `nests`
-    may make a root of its own as it starts; it is told that its user is 0, without which slirp4netns doesn't try.
+    may make a root of its own as it starts; it is told that its user is 0, without which slirp4netns doesn't try. One
+    that `serves_files` has no threads, and gives no file the right to run as its owner or group.
     """
     audit, column = _ARCHITECTURES[(machine or platform.machine()).lower()]
     code = _Program()
@@ -102,6 +116,8 @@ def filter_program(*, own_pid: int, sockets: bool = False, nests: bool = False, 
     code.if_argument(_PRLIMIT[column], 2, lambda inner: inner.unless(_EQUAL, 0, DENY_EPERM), high=True)
     code.if_argument(_IOCTL[column], 1, _deny_typing)
     code.if_argument(_MMAP[column], 3, _deny_uncounted_memory)
+    if serves_files:
+        _deny_for_server(code, column)
     code.give(ALLOW)
     return code.assembled
 
@@ -117,6 +133,17 @@ def _deny_uncounted_memory(code: "_Program") -> None:
     """Shared memory without a file is no process's data, so no limit of a process holds for it."""
     code.mask(_SHARED_ANONYMOUS)
     code.when(_EQUAL, _SHARED_ANONYMOUS, DENY_EPERM)
+
+
+def _deny_for_server(code: "_Program", column: int) -> None:
+    for numbers in _FORKING:
+        if (number := numbers[column]) is not None:
+            code.when(_EQUAL, number, DENY_EPERM)
+    # Its mode is behind a pointer.
+    code.when(_EQUAL, _OPENAT2[column], DENY_ENOSYS)
+    for numbers, argument in _MODES:
+        if (number := numbers[column]) is not None:
+            code.if_argument(number, argument, lambda inner: inner.when(_ANY_BIT, _SET_ID_BITS, DENY_EPERM))
 
 
 def _deny_typing(code: "_Program") -> None:

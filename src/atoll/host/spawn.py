@@ -190,7 +190,9 @@ def _widen_table_of_descriptors() -> None:
 def _filter(jail: Jail) -> "ctypes.Array[ctypes.c_char] | None":
     if not jail.filtered:
         return None
-    own = seccomp.filter_program(own_pid=os.getpid(), sockets=jail.sockets, nests=jail.nests)
+    own = seccomp.filter_program(
+        own_pid=os.getpid(), sockets=jail.sockets, nests=jail.nests, serves_files=jail.served is not None
+    )
     return ctypes.create_string_buffer(own, len(own))
 
 

@@ -41,7 +41,7 @@ _ROOT_START = _ESP_START + _ESP_SIZE
 _ROOT_SIZE = DISK_SIZE - _ROOT_START - 1 * MIB
 _PACKAGES = (
     "apt", "busybox-static", "ca-certificates", "cloud-guest-utils", "cloud-init", "dbus", "e2fsprogs", "iproute2",
-    "less", "libpam-systemd", "login", "netbase", "openssh-server", "procps", "qemu-guest-agent", "sudo",
+    "less", "libpam-systemd", "login", "netbase", "openssh-server", "procps", "qemu-guest-agent", "sshfs", "sudo",
     "systemd-resolved", "systemd-sysv", "systemd-timesyncd", "udev",
 )  # fmt: skip
 _KERNELS: dict[Arch, str] = {

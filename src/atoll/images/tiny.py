@@ -38,7 +38,7 @@ _DEBIAN_KERNELS: dict[Arch, str] = {
     "riscv64": "linux-image-riscv64",
 }
 _UBUNTU_KERNEL = "linux-image-virtual"
-_PROGRAMS = ("busybox-static", "e2fsprogs", "qemu-guest-agent")
+_PROGRAMS = ("busybox-static", "e2fsprogs", "qemu-guest-agent", "sshfs")
 _MACHINES: dict[Arch, Machine] = {"x86_64": "q35", "aarch64": "virt", "riscv64": "virt"}
 _CONSOLES: dict[Arch, str] = {"x86_64": "ttyS0", "aarch64": "ttyAMA0", "riscv64": "ttyS0"}
 _LOADERS: dict[Arch, str] = {
@@ -195,7 +195,7 @@ async def _add_programs(tree: Tree, parts: _Parts) -> None:
     # The kernel and the agent look for these in /sbin.
     for applet in ("init", "modprobe", "poweroff", "reboot", "halt"):
         tree.link(f"/usr/sbin/{applet}", "../bin/busybox")
-    programs = [parts.program("qemu-ga"), parts.program("resize2fs")]
+    programs = [parts.program(name) for name in ("qemu-ga", "resize2fs", "sshfs")]
     for program in programs:
         tree.file(f"/usr/sbin/{program.name}", program, 0o755)
     loader = _LOADERS[parts.arch]

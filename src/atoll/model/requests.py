@@ -34,6 +34,14 @@ class DiskRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     bus: Bus | None = None
 
 
+class ShareRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A folder of this computer that the guest shall see."""
+
+    host_path: str
+    guest_path: str
+    read_only: bool = False
+
+
 class NicRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A network card."""
 
@@ -125,6 +133,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     disks: tuple[DiskRequest, ...] = ()
     ports: tuple[PortSpec, ...] = ()
     network: Literal["user", "none"] = "user"
+    shares: tuple[ShareRequest, ...] = ()
     nics: tuple[NicRequest, ...] = ()
     """Its cards, when it isn't one on a network of its own."""
     restrict_network: bool = False

@@ -67,6 +67,17 @@ class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes a second that pass in each direction there; 0 for all."""
 
 
+class ShareSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A folder of this computer in the guest."""
+
+    number: int
+    """Of its port; kept for as long as it is shared, since saved memory knows the port."""
+    host_path: str
+    """Without symbolic links; empty for a mere port, that only the guest's memory knows: until the next boot."""
+    guest_path: str
+    read_only: bool = False
+
+
 class BootSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the guest starts: by firmware from its disks, or by a kernel given directly."""
 
@@ -137,6 +148,7 @@ class VmSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     boot: BootSpec = BootSpec()
     disks: tuple[DiskSpec, ...] = ()
     nics: tuple[NicSpec, ...] = ()
+    shares: tuple[ShareSpec, ...] = ()
     display: Literal["none", "vga", "virtio"] = "vga"
     guest: GuestSpec = GuestSpec()
     seed: SeedSpec = SeedSpec()

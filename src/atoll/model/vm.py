@@ -85,6 +85,19 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return f"{i[:8]}-{i[8:12]}-{i[12:16]}-{i[16:20]}-{i[20:]}"
 
 
+ShareState = Literal["shared", "stopped", "not-mounted", "ended"]
+"""`stopped` with the VM; `not-mounted` until the guest has it; `ended` when what serves it has ended."""
+
+
+class ShareInfo(Struct, frozen=True, kw_only=True):
+    """A folder that a VM shares, and whether it does at this moment."""
+
+    host_path: str
+    guest_path: str
+    read_only: bool
+    state: ShareState
+
+
 class VmInfo(Struct, frozen=True, kw_only=True):
     """A VM as `ls` and `show` tell it: its record and what was observed."""
 
@@ -97,6 +110,8 @@ class VmInfo(Struct, frozen=True, kw_only=True):
     """Why it is paused or crashed, when nobody asked for that."""
     stands_on: str | None = None
     """The snapshot that it stands on: its name, `VM@NAME` for another VM's. Of one VM only: lists leave it away."""
+    shares: tuple[ShareInfo, ...] = ()
+    """Of one VM only."""
 
 
 class PoolInfo(Struct, frozen=True, kw_only=True):

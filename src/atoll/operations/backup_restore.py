@@ -81,7 +81,7 @@ def _vm(backup: Backup, name: str, arrivals: list[Arrival], services: Services) 
         name=name,
         image=backup.image,
         created_at=time.time(),
-        spec=replace(backup.spec, disks=specs, nics=backup_fit.fitting_nics(backup, services)),
+        spec=replace(backup.spec, disks=specs, nics=backup_fit.fitting_nics(backup, services), shares=()),
         labels=backup.labels,
         seeded=backup.seeded,
     )

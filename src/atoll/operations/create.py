@@ -78,6 +78,10 @@ async def _resolved(request: CreateRequest, services: Services) -> NewVm:
     if request.nics:
         spec = resolve_nics.with_nics(spec, request, services.records.networks())
         networks.check_groups(services, (name for nic in spec.nics for name in nic.groups))
+    if request.shares:
+        from atoll.operations.shares import with_shares
+
+        spec = with_shares(spec, request)
     spec = resolve.with_disk_images(
         spec, request, {d.image: find_image(d.image, everything) for d in request.disks if d.image}
     )

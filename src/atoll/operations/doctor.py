@@ -137,6 +137,7 @@ def _tools() -> list[Check]:
     return [
         _tool("qemu-img", "no disk can be made or converted", vital=True),
         _tool("slirp4netns", "VMs have no network: they need --network none", vital=True),
+        _tool("sftp-server", "folders can't be shared with guests (-v)"),
         _tool("mmdebstrap", "`atoll image build debian:*` doesn't work"),
         _tool("newuidmap", "an ordinary user can't build Debian images, nor give VMs users of their own"),
         _tool("sfdisk", "UEFI disks can't be built"),

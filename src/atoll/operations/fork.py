@@ -120,6 +120,7 @@ async def copies(
     if pool is None:
         for vm in made:
             settle_later(services, vm)
+        await mount_shares(services, made)
     order = {name: index for index, name in enumerate(names)}
     return sorted(made, key=lambda vm: order[vm.name])
 
@@ -140,6 +141,14 @@ async def _go_on(vms: Sequence[Vm], services: Services) -> list[BaseException | 
             return [error]
         told = await asyncio.gather(*(monitor.execute("cont") for monitor in monitors), return_exceptions=True)
         return [each if isinstance(each, BaseException) else None for each in told]
+
+
+async def mount_shares(services: Services, made: Sequence[Vm]) -> None:
+    """Each copy gets the folders of its source from a server of its own."""
+    if any(vm.spec.shares for vm in made):
+        from atoll.operations.share import mount_each
+
+        await mount_each(services, made)
 
 
 def settle_later(services: Services, vm: Vm) -> None:

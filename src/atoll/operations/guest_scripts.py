@@ -20,7 +20,7 @@ NO_PORTS = 98
 """The exit code of `RELAY` in a guest that hasn't got the ports."""
 
 # Finds a port by its name: udev and our images make the links, other guests have only sysfs.
-_PORT = """
+PORT = """
 port() {
     if [ -c "/dev/virtio-ports/$1" ]; then p=/dev/virtio-ports/$1; return; fi
     for n in /sys/class/virtio-ports/*/name; do
@@ -32,7 +32,7 @@ port() {
 """
 
 RELAY = (
-    _PORT
+    PORT
     + """
 umask 077
 d=/run/atoll.$1
@@ -90,7 +90,7 @@ RUN = _RUN + 'run "$@" </dev/null\ntell "$?"\n'
 # The reader sees the end of the file until QEMU has told the guest that the host is there, so the host begins with a
 # line of its own. It closes its side when the command has ended, which ends `cat`.
 RUN_WITH_STDIN = (
-    _PORT
+    PORT
     + 'port "org.atoll.in.$1" && exec 6<"$p" || exit 97\n'
     + _RUN
     + """

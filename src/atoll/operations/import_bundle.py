@@ -195,8 +195,10 @@ def _placed(manifest: Manifest, wanted: set[str], here: dict[str, str]) -> Place
     layers = [each.layer for each in manifest.layers if each.layer.id in wanted]
     disks = tuple(replace(disk, layer=here.get(disk.layer or "", disk.layer)) for disk in manifest.snapshot.spec.disks)
     nics = tuple(networks.alone(replace(nic, ports=(), groups=(), limit=0)) for nic in manifest.snapshot.spec.nics)
+    # The folders are another computer's; its memory knows their ports, though.
+    folders = tuple(replace(share, host_path="") for share in manifest.snapshot.spec.shares)
     return Placed(
-        node=replace(manifest.snapshot, spec=replace(manifest.snapshot.spec, disks=disks, nics=nics)),
+        node=replace(manifest.snapshot, spec=replace(manifest.snapshot.spec, disks=disks, nics=nics, shares=folders)),
         layers=tuple(replace(layer, parent=here.get(layer.parent or "", layer.parent)) for layer in layers),
         blobs=tuple(blob.sha256 for blob in manifest.blobs if blob.included),
         left_out=tuple(blob.sha256 for blob in manifest.blobs if not blob.included),
@@ -222,7 +224,7 @@ async def _adopt(context: Context[ImportBundleRequest]) -> None:
         name=node.vm_name,
         image=node.image,
         created_at=time.time(),
-        spec=own(node.spec),
+        spec=own(replace(node.spec, shares=())),
         snapshot=node.id,
     )
 

@@ -16,7 +16,7 @@ from atoll.model.state import Phase
 from atoll.model.vm import PoolInfo, Vm
 from atoll.operations import networks, observe
 from atoll.operations.engine import Context, Step, Verb, perform
-from atoll.operations.fork import copies, settle_later
+from atoll.operations.fork import copies, mount_shares, settle_later
 from atoll.operations.guest_settle import rename_word
 from atoll.operations.power import go_on
 from atoll.operations.remove import remove
@@ -86,6 +86,7 @@ async def take(node: Snapshot, name: str, *, services: Services) -> Vm:
             continue
         taken = services.vm(vm.id)
         settle_later(services, taken)
+        await mount_shares(services, [taken])
         return taken
     raise NotFound(
         f"no copy of {node.vm_name}@{node.name} waits",

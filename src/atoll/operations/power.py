@@ -47,6 +47,10 @@ async def resume(vm: Vm, *, services: Services) -> None:
     if observe.phase_of(services, vm) is Phase.RUNNING:
         return
     await perform(RESUME, PowerRequest(vm_id=vm.id), services=services, subject=vm.id, subject_name=vm.name)
+    if vm.spec.shares:
+        from atoll.operations.share import mount_all
+
+        await mount_all(services, vm)
 
 
 async def _pause(context: Context[PowerRequest]) -> None:

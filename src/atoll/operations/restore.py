@@ -28,7 +28,7 @@ from atoll.model.snapshot import Snapshot
 from atoll.model.spec import NicSpec, PortSpec, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Run, Vm
-from atoll.operations import guest_setup, heads, networks, observe
+from atoll.operations import guest_setup, heads, networks, observe, share, shares
 from atoll.operations.boot import Incoming, boot, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import control, go_on
@@ -72,6 +72,7 @@ async def restore(
         disk_only=disk_only,
     )
     await perform(RESTORE, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    await share.mount_all(services, services.vm(vm.id), others=bool(node.spec.shares))
 
 
 def _node(context: Context[RestoreRequest]) -> Snapshot:
@@ -84,8 +85,8 @@ def _node(context: Context[RestoreRequest]) -> Snapshot:
 
 
 def restored_spec(vm: Vm, node: Snapshot, new_heads: dict[str, str]) -> VmSpec:
-    """The snapshot's machine on new heads; what is published, and which rules hold for cards that it has, are the
-    host's business, so they stay as they are: the past opens no door that was shut since.
+    """The snapshot's machine on new heads; what is published and shared, and which rules hold for cards that it has,
+    are the host's business, so they stay as they are: the past opens no door that was shut since.
     """
     now = {nic.name: nic for nic in vm.spec.nics}
     nics = []
@@ -95,7 +96,9 @@ def restored_spec(vm: Vm, node: Snapshot, new_heads: dict[str, str]) -> VmSpec:
             nic = replace(nic, groups=today.groups, limit=today.limit)
         nics.append(replace(nic, ports=() if today is None else today.ports))
     disks = tuple(replace(disk, head=new_heads.get(disk.name, "")) for disk in node.spec.disks)
-    return replace(node.spec, nics=tuple(nics), disks=disks)
+    known = node.spec.shares if node.memory is not None else ()
+    folders = shares.with_known_ports(vm.spec.shares, known)
+    return replace(node.spec, nics=tuple(nics), disks=disks, shares=folders)
 
 
 async def _check(context: Context[RestoreRequest]) -> None:
@@ -182,7 +185,11 @@ async def _launch(context: Context[RestoreRequest]) -> None:
     incoming = Incoming(memory_path(services.layout, node.memory)) if node.memory is not None else None
     spec = restored_spec(vm, node, context.request.heads)
     # A seed that was attached at that instant is there again: the machine has to be the same.
-    run = await boot(services, replace(vm, seeded=node.seeded), spec, report=context.report, incoming=incoming)
+    # Memory can be loaded only with the ports that it knows; what was shared since gets its own afterwards.
+    known = replace(spec, shares=node.spec.shares) if incoming is not None else spec
+    run = await boot(services, replace(vm, seeded=node.seeded), known, report=context.report, incoming=incoming)
+    if incoming is not None:
+        await share.plug_missing(services, vm, there=known.shares, wanted=spec.shares)
     context.notes["run"] = msgspec.to_builtins(run)
 
 

@@ -40,6 +40,10 @@ async def start(vm: Vm, *, services: Services, report: Report | None = None, hol
     """
     request = StartRequest(vm_id=vm.id, hold=hold)
     await perform(START, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
+    if vm.spec.shares or vm.pending is not None:
+        from atoll.operations.share import mount_all
+
+        await mount_all(services, services.vm(vm.id))
 
 
 async def _check_stopped(context: Context[StartRequest]) -> None:
@@ -69,7 +73,14 @@ async def _memory(services: Services, memory: Memory) -> Incoming:
 
 def _wanted(vm: Vm) -> VmSpec:
     """A suspended machine goes on as it was; what was set meanwhile waits for a real start."""
-    return vm.spec if vm.suspended is not None else vm.pending or vm.spec
+    spec = vm.pending or vm.spec
+    if vm.suspended is not None:
+        return vm.spec
+    if not spec.shares:
+        return spec
+    from atoll.operations.shares import at_boot
+
+    return at_boot(spec)
 
 
 async def _kill(context: Context[StartRequest]) -> None:

@@ -27,10 +27,11 @@ from atoll.model.requests import (
     NicSetRequest,
     PullRequest,
     SetRequest,
+    ShareRequest,
 )
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
-from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, Stats, Vm, VmInfo
+from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, ShareInfo, Stats, Vm, VmInfo
 from atoll.platform.copies import AsyncCopies
 
 Report = Callable[[Progress], None]
@@ -143,6 +144,12 @@ class AsyncVm(Protocol):
     async def disk_add(self, request: DiskRequest) -> tuple[DiskSpec, Change]: ...
     async def disk_rm(self, name: str) -> Change: ...
     async def disk_resize(self, name: str, size: str | int) -> Change: ...
+    async def shares(self) -> list[ShareInfo]: ...
+
+    async def share_add(self, request: ShareRequest) -> ShareInfo:
+        """Share a folder of the host's, at once if it runs; one that is shared already is mounted anew if need be."""
+
+    async def share_rm(self, guest_path: str) -> Change: ...
 
     async def net_attach(self, request: NicRequest | str) -> tuple[NicSpec, Change]:
         """A card on a network, at once where it can be; a name alone is a network's."""

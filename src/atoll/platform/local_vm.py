@@ -11,11 +11,19 @@ from atoll.errors import InvalidInput, NotFound, Unsupported
 from atoll.model import names
 from atoll.model.backup import Backup
 from atoll.model.difference import Difference
-from atoll.model.requests import CaptureRequest, DiskRequest, ImpairRequest, NicRequest, NicSetRequest, SetRequest
+from atoll.model.requests import (
+    CaptureRequest,
+    DiskRequest,
+    ImpairRequest,
+    NicRequest,
+    NicSetRequest,
+    SetRequest,
+    ShareRequest,
+)
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
 from atoll.model.state import require
-from atoll.model.vm import Change, ExecRequest, ExecResult, Stats, Vm, VmInfo
+from atoll.model.vm import Change, ExecRequest, ExecResult, ShareInfo, Stats, Vm, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import AsyncVm, BundleFile, ByteSink, Report, Terminal
 from atoll.platform.copies import AsyncCopies
@@ -69,7 +77,12 @@ class LocalVm:
 
         vm = self._record()
         stands_on = observe.place_of(self._services, vm)
-        return replace(observe.observe_one(self._services, vm), stands_on=stands_on)
+        info = replace(observe.observe_one(self._services, vm), stands_on=stands_on)
+        if not vm.spec.shares and vm.pending is None:
+            return info
+        from atoll.operations.shares import infos
+
+        return replace(info, shares=infos(info.vm, info.phase, self._services.layout.vm(vm.id)))
 
     async def start(self, *, wait: bool = False, timeout: float | None = None) -> None:
         from atoll.operations.start import start
@@ -139,7 +152,17 @@ class LocalVm:
     ) -> str:
         from atoll.operations.ready import wait
 
-        return await wait(self._record(), condition, services=self._services, text=text, timeout=timeout)
+        said = await wait(self._record(), condition, services=self._services, text=text, timeout=timeout)
+        if said == "ready":
+            await self._mount_again()
+        return said
+
+    async def _mount_again(self) -> None:
+        """A guest that has rebooted by itself lacks its shared folders until somebody turns to it."""
+        if self._record().spec.shares:
+            from atoll.operations.share import mount_each
+
+            await mount_each(self._services, [self._record()])
 
     async def exec(
         self,
@@ -155,6 +178,7 @@ class LocalVm:
         if not request.argv:
             raise InvalidInput("there is no command to run", next_step="Write it after `--`.")
         vm = self._with_agent()
+        await self._mount_again()
         paths = self._services.layout.vm(vm.id)
         return await execute(paths, vm.name, request, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr)
 
@@ -246,6 +270,20 @@ class LocalVm:
         from atoll.operations.disk import resize_disk
 
         return await resize_disk(self._record(), name, size, services=self._services)
+
+    async def shares(self) -> list[ShareInfo]:
+        return list((await self.info()).shares)
+
+    async def share_add(self, request: ShareRequest) -> ShareInfo:
+        from atoll.operations.share import add
+
+        made = await add(self._record(), request, services=self._services)
+        return next(each for each in await self.shares() if each.guest_path == made.guest_path)
+
+    async def share_rm(self, guest_path: str) -> Change:
+        from atoll.operations.share import remove
+
+        return await remove(self._record(), guest_path, services=self._services)
 
     async def net_attach(self, request: NicRequest | str) -> tuple[NicSpec, Change]:
         from atoll.operations.network_nics import attach

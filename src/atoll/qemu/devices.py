@@ -3,7 +3,7 @@
 from typing import Any
 
 from atoll.errors import InvalidInput, Unsupported
-from atoll.model.spec import DiskSpec, NicSpec, VmSpec
+from atoll.model.spec import DiskSpec, NicSpec, ShareSpec, VmSpec
 
 Properties = dict[str, Any]
 
@@ -15,6 +15,8 @@ TERMINALS = 3
 """Virtual consoles (/dev/hvc0 …) for `shell`."""
 SLOTS = range(1, 31)
 """Those of the root bus: 0 is the host bridge, 31 the q35's own controllers."""
+MOST_PORTS = 31
+"""Of the virtio-serial device; those that are left are for shared folders."""
 AGENT_PORT = "org.qemu.guest_agent.0"
 
 
@@ -208,9 +210,30 @@ def channel_names() -> list[str]:
     return [*terminals, "agent", *streams]
 
 
+def share_name(share: ShareSpec) -> str:
+    """The character device behind a folder's port."""
+    return f"share{share.number}"
+
+
+def share_port_id(share: ShareSpec) -> str:
+    return f"port-{share_name(share)}"
+
+
+def share_port(share: ShareSpec) -> Properties:
+    """A port of the virtio-serial device that a folder is served through."""
+    return {
+        "driver": "virtserialport",
+        "bus": "channels.0",
+        "nr": len(channel_names()) + share.number,
+        "chardev": share_name(share),
+        "id": share_port_id(share),
+        "name": f"org.atoll.share.{share.number}",
+    }
+
+
 def channel_devices(spec: VmSpec) -> list[Properties]:
     """The virtio-serial device with its consoles, the agent's port and the stream ports."""
-    devices = [on_root_bus(spec, _modern("virtio-serial-pci") | {"id": "channels", "max_ports": 31})]
+    devices = [on_root_bus(spec, _modern("virtio-serial-pci") | {"id": "channels", "max_ports": MOST_PORTS})]
     for number, name in enumerate(channel_names()):
         port: Properties = {"bus": "channels.0", "nr": number, "chardev": name, "id": f"port-{name}"}
         if name.startswith("tty"):

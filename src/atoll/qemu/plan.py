@@ -233,6 +233,10 @@ class _Builder:
             self._listen(name)
         for device in devices.channel_devices(self.spec):
             self._json("-device", device)
+        for share in self.spec.shares:
+            # Nothing is behind it until the guest runs: what memory knows of the last one's words is worth nothing.
+            self._add("-chardev", f"null,id={devices.share_name(share)}")
+            self._json("-device", devices.share_port(share))
 
     def _disks(self) -> None:
         for controller in devices.controllers(self.spec):
