@@ -35,10 +35,11 @@ class Port(Struct, frozen=True, kw_only=True):
 
 def joined(port: Port) -> str:
     """For `ip -batch`: a tap on the bridge. Its alias says what its card may say, so that the guards can be made anew
-    from what is there.
+    from what is there. The network itself may still know the address as that of a card before.
     """
     return f"""link set {port.tap} alias {port.mac}/{port.address}/{port.address6}
 link set {port.tap} master {BRIDGE} up
+neigh replace {port.address} lladdr {port.mac} nud stale dev {BRIDGE}
 """
 
 

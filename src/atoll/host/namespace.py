@@ -190,6 +190,17 @@ def make_tap(name: str) -> int:
     return tap
 
 
+def announce(interface: str, mac: str, address: str) -> None:
+    """For `open_inside`: tell all who an address belongs to (RFC 5227, section 2.3). Who has met the one before would
+    send to that for half a minute.
+    """
+    sender, owner = bytes.fromhex(mac.replace(":", "")), socket.inet_aton(address)
+    request = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + sender + owner + bytes(6) + owner
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as line:
+        line.bind((interface, 0))
+        line.send(b"\xff" * 6 + sender + b"\x08\x06" + request)
+
+
 def open_inside(holder: int | None, make: Callable[[], Sequence[int]], what: str) -> list[int]:
     """Descriptors that `make` opens in the namespace; without a holder in a new one that nobody else is in.
 

@@ -118,7 +118,12 @@ async def add_tap(holder: int, paths: NetworkPaths, members: Members, *, mac: st
     subnet6 = members.network.subnet6
     own6 = address6(subnet6, mac) if subnet6 else ""
     port = Port(tap=f"{link_text.TAP}{secrets.token_hex(6)}", mac=mac, address=address, address6=own6)
-    descriptor = namespace.open_tap(holder, port.tap)
+
+    def make() -> list[int]:
+        namespace.announce(link_text.BRIDGE, mac, address)
+        return [namespace.make_tap(port.tap)]
+
+    (descriptor,) = namespace.open_inside(holder, make, "a network tap")
     try:
         await _guard(holder, paths, members, joining=link_text.joined(port))
     except BaseException:
