@@ -54,7 +54,7 @@ def serve(folder: ServedFolder, *, log: Path) -> Served:
             place = SHARED if jail.namespaces else folder.path
             # Its only message is the one with which it ends: a guest can't fill the log.
             words = (program, "-e", "-l", "FATAL", "-d", place, *(["-R"] if folder.read_only else []))
-            pid = spawn(
+            spawned = spawn(
                 Program(
                     argv=words,
                     descriptors=(),
@@ -65,7 +65,7 @@ def serve(folder: ServedFolder, *, log: Path) -> Served:
                 ),
                 jail,
             )
-        identity = facts.identity_of(pid)
+        identity = facts.identity_of(spawned.pid)
         if identity is None:
             raise EngineFailed("the folder's server ended at once", f"see {log}", "Run `atoll doctor`.")
         return Served(link=ours, process=identity)
