@@ -55,7 +55,7 @@ def main() -> None:
         rows = [
             *(measure(case, tell) for case in starts(atoll, hand, repetitions, peers=options.peers)),
             *(measure(case, tell) for case in barriers.cases(repetitions)),
-            *networks_of(atoll, hand, repetitions),
+            *networks_of(atoll, hand, home / "networks", repetitions),
             *execs(atoll, hand, repetitions, peers=options.peers),
             *history.figures(atoll, home / "history", repetitions, tell, peers=options.peers),
             *listings(atoll, peer, home, many, repetitions),
@@ -131,9 +131,9 @@ def starts(atoll: Atoll, hand: raw.ByHand, repetitions: int, *, peers: bool) -> 
     ]
 
 
-def networks_of(atoll: Atoll, hand: raw.ByHand, repetitions: int) -> list[Figures]:
-    """Throughput, with the guests up for as long."""
-    with networks.cases(atoll, hand, repetitions) as cases:
+def networks_of(atoll: Atoll, hand: raw.ByHand, folder: Path, repetitions: int) -> list[Figures]:
+    """Throughput and latency, with the guests up for as long."""
+    with networks.cases(atoll, hand, folder, repetitions) as cases:
         return [measure(case, tell) for case in cases]
 
 

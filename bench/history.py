@@ -81,7 +81,7 @@ class Side:
         """
         memory, head = self.folder / "memory", self.folder / "head.qcow2"
         disk = self.vm.info().vm.spec.disks[0]
-        argv = ["qemu-img", "create", "-q", "-f", "qcow2", head, str(disk.size)]
+        argv = ["qemu-img", "create", "-q", "-f", "qcow2", str(head), str(disk.size)]
         subprocess.run(argv, check=True, capture_output=True)
         try:
             return self._silence(lambda: _snapshot_by_hand(self.socket("control"), memory, head, disk))

@@ -1,5 +1,6 @@
-"""How long some megabytes take through networks: between guests, from a guest to its computer, and into one."""
+"""How long some megabytes, and a ping, take through networks: between guests, from one to its computer, into one."""
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -9,7 +10,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+from atoll.host import namespace
 from bench import raw
 from bench.harness import Case, Goal
 from bench.ours import NAME, Atoll
@@ -19,6 +23,11 @@ MEBIBYTES = 16
 PORT = 8123
 PEER = "bench-peer"
 NETWORK = "bench-net"
+BY_HAND = ("bench-first", "bench-second")
+"""Two VMs whose command lines are started by hand, on one bridge."""
+PINGS = 20
+HOST = "10.0.2.2"
+"""The computer, to a guest on a user-mode network."""
 SERVE = (
     f"mkdir -p /www; [ -s /www/file ] || dd if=/dev/zero of=/www/file bs=1M count={MEBIBYTES} 2>/dev/null;"
     f" netstat -tln | grep -q :{PORT} || httpd -p {PORT} -h /www"
@@ -52,7 +61,45 @@ def sink(address: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def cases(atoll: Atoll, hand: raw.ByHand, repetitions: int) -> Iterator[list[Case]]:
+def bridged(atoll: Atoll, folder: Path) -> Iterator[Wire]:
+    """The agent of the second of two guests by hand that have taps on a bridge, without any guards; the first one is
+    10.99.0.1 and serves its file.
+    """
+    with contextlib.ExitStack() as stack:
+        make = "ip link add br0 up type bridge forward_delay 0 && echo ready && exec sleep infinity"
+        argv = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", make]
+        space = stack.enter_context(subprocess.Popen(argv, stdout=subprocess.PIPE))
+        stack.callback(space.kill)
+        assert space.stdout is not None
+        if space.stdout.readline() != b"ready\n":
+            raise RuntimeError("there is no namespace with a bridge")
+        inside = ["nsenter", "--user", "--preserve-credentials", "--net", f"--target={space.pid}"]
+        agents = []
+        for number, name in enumerate(BY_HAND, start=1):
+            atoll.run("create", "tiny", "--name", name, "--memory", "256MiB")
+            stack.callback(atoll.run, "rm", "--force", name)
+            with atoll.booted(name):
+                pass  # its folders are made
+            tap = namespace.open_tap(space.pid, f"t{number}")
+            stack.callback(os.close, tap)
+            subprocess.run([*inside, "ip", "link", "set", f"t{number}", "master", "br0", "up"], check=True)
+            sockets = folder / name
+            sockets.mkdir(parents=True)
+            hand = asyncio.run(raw.by_hand(atoll.layout, name, sockets=sockets))
+            vm = replace(hand, tap=tap)
+            stack.enter_context(raw.going(vm))
+            agent = stack.enter_context(Wire(vm.socket("agent")))
+            agent.ask("guest-ping")
+            # Nobody answers for DHCP; who asks for it would take the address away.
+            stop = "kill $(cat /run/udhcpc.eth0); while pidof udhcpc >/dev/null; do sleep 0.1; done"
+            _by_agent(agent, f"{stop}; ip addr add 10.99.0.{number}/24 dev eth0")
+            agents.append(agent)
+        _by_agent(agents[0], SERVE)
+        yield agents[1]
+
+
+@contextlib.contextmanager
+def cases(atoll: Atoll, hand: raw.ByHand, folder: Path, repetitions: int) -> Iterator[list[Case]]:
     """With the guests up that they need: NAME and PEER on a shared network and published ports, and one by hand."""
     with contextlib.ExitStack() as stack:
         address = own_address()
@@ -80,10 +127,26 @@ def cases(atoll: Atoll, hand: raw.ByHand, repetitions: int) -> Iterator[list[Cas
             )
             return time.perf_counter() - began
 
-        between = f"wget -q -O /dev/null http://{NAME}:{PORT}/file"
+        second = stack.enter_context(bridged(atoll, folder))
+        between, by_hand = (f"wget -q -O /dev/null http://{host}:{PORT}/file" for host in (NAME, "10.99.0.1"))
         yield [
             Case(
-                f"{MEBIBYTES} MiB from guest to guest", repetitions, {"atoll": lambda: _in_guest(atoll, PEER, between)}
+                f"{MEBIBYTES} MiB from guest to guest",
+                repetitions,
+                {"atoll": lambda: _in_guest(atoll, PEER, between), "raw": lambda: _by_agent(second, by_hand)},
+                (Goal("raw", 1.2),),
+            ),
+            Case(
+                "ping from guest to guest",
+                repetitions,
+                {"atoll": lambda: _pinged(atoll, PEER, NAME), "raw": lambda: _pinged_by_agent(second, "10.99.0.1")},
+                (Goal("raw", 1.2),),
+            ),
+            Case(
+                "ping from guest to host, user-mode network",
+                repetitions,
+                {"atoll": lambda: _pinged(atoll, PEER, HOST), "raw": lambda: _pinged_by_agent(agent, HOST)},
+                (Goal("raw", 1.5),),
             ),
             Case(
                 f"{MEBIBYTES} MiB from guest to host, user-mode network",
@@ -108,12 +171,29 @@ def _in_guest(atoll: Atoll, name: str, script: str) -> float:
 
 def _by_agent(agent: Wire, script: str) -> float:
     timed = f"read a _ </proc/uptime; {script} >/dev/null || exit 1; read b _ </proc/uptime; echo $a $b"
-    asked = agent.ask("guest-exec", path="sh", arg=["-c", timed], **{"capture-output": True})
+    return _between(_said(agent, timed))
+
+
+def _said(agent: Wire, script: str) -> str:
+    asked = agent.ask("guest-exec", path="sh", arg=["-c", script], **{"capture-output": True})
     while not (status := agent.ask("guest-exec-status", pid=asked["pid"]))["exited"]:
         time.sleep(0.02)
     if status["exitcode"] != 0:
         raise RuntimeError(json.dumps(status))
-    return _between(base64.b64decode(status["out-data"]).decode())
+    return base64.b64decode(status.get("out-data", "")).decode()
+
+
+def _pinged(atoll: Atoll, name: str, host: str) -> float:
+    return _average(atoll.run("exec", name, "--", "ping", "-q", "-c", str(PINGS), "-i", "0.1", host))
+
+
+def _pinged_by_agent(agent: Wire, host: str) -> float:
+    return _average(_said(agent, f"ping -q -c {PINGS} -i 0.1 {host}"))
+
+
+def _average(told: str) -> float:
+    """Seconds, of `round-trip min/avg/max = 1.2/3.4/5.6 ms`."""
+    return float(told.rpartition("= ")[2].split("/")[1]) / 1000
 
 
 def _between(text: str) -> float:

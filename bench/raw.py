@@ -31,6 +31,8 @@ class ByHand:
     sockets: Path
     stream: Path | None = None
     """The memory that it waits for."""
+    tap: int | None = None
+    """The open tap that its network card has; a user-mode network of QEMU's own otherwise."""
 
     def socket(self, name: str) -> Path:
         """Where a listening socket of the plan is: `control`, `agent`."""
@@ -38,13 +40,14 @@ class ByHand:
 
     @property
     def argv(self) -> list[str]:
-        """The plan's, without its filter of system calls, and with QEMU's own user-mode network."""
+        """The plan's, without its filter of system calls, and with another network."""
         words = list(self.plan.argv)
         if "-sandbox" in words:
             at = words.index("-sandbox")
             del words[at : at + 2]
         for at in [index + 1 for index, word in enumerate(words) if word == "-netdev"]:
-            words[at] = json.dumps({"type": "user", "id": json.loads(words[at])["id"]})
+            network = {"type": "user"} if self.tap is None else {"type": "tap", "fd": str(self.tap)}
+            words[at] = json.dumps({**network, "id": json.loads(words[at])["id"]})
         return words
 
     def argument(self, option: str) -> str:
@@ -71,7 +74,7 @@ def running(vm: ByHand) -> Iterator[None]:
         log = stack.enter_context((vm.sockets / "qemu.log").open("w+b"))
         process = subprocess.Popen(
             [vm.plan.binary, *(_filled(word, numbers) for word in vm.argv)],
-            pass_fds=tuple(numbers.values()),
+            pass_fds=(*numbers.values(), *(() if vm.tap is None else (vm.tap,))),
             cwd=vm.plan.working_folder,
             stdin=subprocess.DEVNULL,
             stdout=log,

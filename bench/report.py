@@ -11,7 +11,7 @@ from typing import Any
 
 from atoll.host import facts
 from atoll.model.units import format_size
-from bench.harness import Figures
+from bench.harness import Figures, Goal
 
 SIDES = ("atoll", "raw", "virsh")
 TITLES = {"atoll": "Atoll", "raw": "raw QEMU", "virsh": "libvirt"}
@@ -64,10 +64,16 @@ def as_table(rows: Sequence[Figures]) -> str:
     for row in rows:
         figures = [_figure(row, side) for side in SIDES]
         ratios = [_ratio(row, side) for side in SIDES[1:]]
-        goals = [goal.text(row.unit).replace("virsh", "libvirt") for goal in row.goals]
+        goals = [_told(goal, row) for goal in row.goals]
         met = [{True: "yes", False: "**no**", None: "-"}[row.met(goal)] for goal in row.goals]
         lines.append("| " + " | ".join([row.case, *figures, *ratios, "; ".join(goals), "; ".join(met)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _told(goal: Goal, row: Figures) -> str:
+    """With the figure of a side that has no column."""
+    text = goal.text(row.unit).replace("virsh", "libvirt")
+    return text if not goal.side or goal.side in SIDES else f"{text} ({goal.side}: {_figure(row, goal.side)})"
 
 
 def _figure(row: Figures, side: str) -> str:
@@ -104,9 +110,9 @@ NOTES = """## What is measured
   descriptors of that VM, started by hand, until QMP says that the guest runs.
 - **spawn**: a small program (`true`) until it runs, with the preparation of the jail that a VM has, behind all
   barriers and with one left out; raw is the same without any.
-- **MiB through networks**: by the guest's clock (published port: by the host's). Between two guests on a shared
-  network, from a guest to an address of its host through slirp4netns (raw: QEMU's own slirp), and from the host
-  through a port that is published on 127.0.0.1.
+- **MiB and ping through networks**: by the guest's clock (published port: by the host's). Between two guests on a
+  shared network (raw: taps on a bare bridge in a namespace, without guards), from a guest to an address of its host
+  through slirp4netns (raw: QEMU's own slirp), and from the host through a port that is published on 127.0.0.1.
 - **guest answers**: the same until the tiny guest's agent has answered. libvirt's domain has the same kernel, command
   line, memory and kinds of devices.
 - **exec, whole process**: `atoll exec VM -- true`; for libvirt the `virsh qemu-agent-command` calls that start `true`
