@@ -91,7 +91,8 @@ def bridged(atoll: Atoll, folder: Path) -> Iterator[Wire]:
             agent = stack.enter_context(Wire(vm.socket("agent")))
             agent.ask("guest-ping")
             # Nobody answers for DHCP; who asks for it would take the address away.
-            stop = "kill $(cat /run/udhcpc.eth0); while pidof udhcpc >/dev/null; do sleep 0.1; done"
+            pid = "/run/udhcpc.eth0"
+            stop = f"until [ -s {pid} ]; do sleep 0.1; done; kill $(cat {pid}); while [ -e {pid} ]; do sleep 0.1; done"
             _by_agent(agent, f"{stop}; ip addr add 10.99.0.{number}/24 dev eth0")
             agents.append(agent)
         _by_agent(agents[0], SERVE)
