@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from atoll.host import facts, namespace, user_network
+from atoll.host.link_text import ports_of
 from atoll.host.network import look
 from atoll.host.sockets import connect
 from atoll.layout import Layout
@@ -69,7 +70,7 @@ async def _of_networks(layout: Layout, services: Services) -> list[str]:
             continue
         running = {vm.id for vm in services.records.vms() if vm.run is not None and facts.is_alive(vm.run)}
         recorded = {card.address for card in info.attached if card.vm_id in running}
-        there = {tap.address for tap in (await look(holder.pid))[0]}
+        there = {port.address for port in ports_of((await look(holder.pid))[0])}
         found += _compared(f"{info.network.name}: tap for", there, recorded)
     return found
 
