@@ -7,8 +7,10 @@ from atoll.images.ext4 import Tree
 from atoll.images.modules import ModuleSet
 
 GUEST = Path(__file__).with_name("guest")
-FIRST = ("virtio_pci", "virtio_console", "virtio_blk", "ext4")
-"""Modules loaded before the root disk is looked for."""
+FIRST = ("virtio_pci", "virtio_console", "virtio_blk", "crc32c_generic", "ext4")
+"""Modules loaded before the root disk is looked for. ext4 asks for crc32c without depending on it; most kernels have
+that built in, riscv64's hasn't.
+"""
 OTHER = ("virtio_mmio", "virtio_scsi", "sd_mod", "nvme", "ahci")
 """Modules loaded only when there is no virtio disk."""
 
