@@ -112,7 +112,10 @@ async def is_memtest(vm: Machine) -> None:
             await asyncio.sleep(2)  # a screen tells nobody when it changes
         restarts = resets_of(vm)
         waiting = asyncio.ensure_future(anext(restarts))
-        await vm.key("esc")  # "Exit" at the bottom of its screen
+        while not waiting.done():
+            # "Exit" at the bottom of its screen, which is there before the keyboard is.
+            await vm.key("esc")
+            await asyncio.wait([waiting], timeout=10)
         await waiting
 
 
