@@ -1,5 +1,6 @@
 """Measuring: sides take turns, so that a machine that is busy for a while is busy for each of them."""
 
+import os
 import statistics
 import subprocess
 import time
@@ -68,6 +69,8 @@ def measure(case: Case, tell: Callable[[str], None]) -> Figures:
         for side, run in sides[turn:] + sides[:turn]:
             if side in figures.errors:
                 continue
+            # What one side has left to be written shall not be what another one waits for.
+            os.sync()
             try:
                 figures.values.setdefault(side, []).append(run() * factor)
             except (subprocess.SubprocessError, OSError, RuntimeError, ValueError, KeyError) as error:
