@@ -14,7 +14,7 @@ from tests.helpers.machines import Factory, Machine
 from tests.helpers.ports import free_port
 from tests.helpers.world import disagreements
 
-from atoll.host import facts, user_network
+from atoll.host import user_network
 from atoll.host.watch import wait_for_exit
 from atoll.model.spec import NicSpec, PortSpec
 from atoll.model.state import Phase
@@ -148,7 +148,7 @@ async def test_ports_of_a_stopped_vm_are_there_after_its_start_and_each_restart(
         assert await comes_back(*await echo(vm, port), b"hello")
         before = helper(vm)
         await vm.restart(force=True)
-        assert facts.identity_of(before) is None
+        await asyncio.wait_for(wait_for_exit(before), 5)
         await vm.wait("ready", timeout=120)
     assert await disagreements(factory.layout) == []
 
@@ -167,7 +167,7 @@ async def test_a_helper_ends_with_its_qemu_however_that_ends(factory: Factory) -
     await vm.start()
     pid = helper(vm)
     await vm.rm(force=True)
-    assert facts.identity_of(pid) is None
+    await asyncio.wait_for(wait_for_exit(pid), 5)
 
 
 KILLED_AT = {
@@ -215,7 +215,7 @@ async def test_restores_and_forks_have_helpers_of_their_own(factory: Factory) ->
     before = helper(vm)
     await vm.restore("s")
     assert helper(vm) != before
-    assert facts.identity_of(before) is None
+    await asyncio.wait_for(wait_for_exit(before), 5)
     assert await comes_back(*await asyncio.open_connection("127.0.0.1", port.host_port), b"after it")
     copies = [factory.machine(copy) for copy in await vm.fork(3)]  # type: ignore[arg-type]
     pids = {helper(each) for each in (vm, *copies)}
@@ -229,7 +229,8 @@ async def test_restores_and_forks_have_helpers_of_their_own(factory: Factory) ->
     assert await comes_back(*await asyncio.open_connection("127.0.0.1", port.host_port), b"awake")
     for each in (*copies, vm):
         await each.rm(force=True)
-    assert not [pid for pid in pids if facts.identity_of(pid) is not None]
+    for pid in pids:
+        await asyncio.wait_for(wait_for_exit(pid), 5)
 
 
 async def test_memory_that_was_saved_with_a_network_of_qemu_s_own_is_loaded(
