@@ -182,8 +182,8 @@ def test_datagrams_to_a_published_port_are_answered(network: UserNetwork, restri
             user_network.publish(control, port, restrict=restrict)
         assert is_answered(link, port)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as service:
-            # A service of the host's, at a port that no client has.
-            service.bind(("127.0.0.1", 0))
+            # A service of the host's, at a port that no client has, nor another of these tests.
+            service.bind(("127.0.0.1", 1717 + 2 * restrict + later))
             service.settimeout(MOMENT)
             for source in (port.guest_port, 4000):
                 link.frames.send(frames.datagram("10.0.2.2", service.getsockname()[1], source=source))
