@@ -36,7 +36,11 @@ async def capture(
     Raises `WrongState` when it is stopped, `NotFound` (a card), `InvalidInput`.
     """
     if min(request.count or 1, request.seconds or 1) <= 0:
-        raise InvalidInput("there is nothing to capture", "both count and seconds begin at one")
+        raise InvalidInput(
+            "there is nothing to capture",
+            "both count and seconds begin at one",
+            "Leave them away to capture until Ctrl-C.",
+        )
     nic = card_of(services, vm, network=request.network, name=request.nic)
     deadline = None if request.seconds is None else time.monotonic() + request.seconds
     left, again = request.count, False

@@ -62,7 +62,11 @@ def share(request: ShareRequest, there: Sequence[ShareSpec]) -> ShareSpec:
         raise AlreadyExists(f"a folder is shared at {guest} already", next_step="Take it away, or choose another path.")
     free = set(range(MOST)) - {each.number for each in there}
     if not free:
-        raise InvalidInput(f"{MOST + 1} folders can't be shared", f"a VM has ports for {MOST}")
+        raise InvalidInput(
+            f"{MOST + 1} folders can't be shared",
+            f"a VM has ports for {MOST}",
+            "Share a folder that has several in it.",
+        )
     return ShareSpec(number=min(free), host_path=host, guest_path=guest, read_only=request.read_only)
 
 
