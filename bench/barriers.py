@@ -48,7 +48,7 @@ def _confined(change: Callable[[Jail], Jail]) -> Measure:
     def run() -> float:
         vm_id = new_id()
         wanted = sandbox.Wanted(
-            id=vm_id, level="standard", memory=1 << 30, threads=258, cpus=2, guest_data=1 << 30, writes_tracked=True
+            id=vm_id, level="standard", memory=1 << 30, threads=258, cpus=2, guest_data=1 << 30
         )  # fmt: skip
         began = time.perf_counter()
         jail, _ = sandbox.prepare(PROGRAM, wanted)

@@ -51,7 +51,7 @@ def run(trial: Trial) -> Outcome:
         sandbox.usable_namespaces = lambda: kernel.Feature(usable=False, why="refused to this user")
     wanted = sandbox.Wanted(
         id=trial.vm_id, level="standard", memory=trial.memory + (576 << 20), threads=258, cpus=3,
-        guest_data=max(trial.memory, trial.disk_size), writes_tracked=True,
+        guest_data=max(trial.memory, trial.disk_size),
     )  # fmt: skip
     jail, missing = _jail(trial, wanted)
     # The stand-in is a Python program; all else is as it is for QEMU.

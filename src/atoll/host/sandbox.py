@@ -70,8 +70,6 @@ class Wanted(Struct, frozen=True, kw_only=True):
     """That was asked for, so it is told whether it holds."""
     guest_data: int
     """Bytes of the guest that its largest file is for: a disk's size, or the RAM's."""
-    writes_tracked: bool
-    """It may get a userfaultfd device."""
 
 
 def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
@@ -96,7 +94,7 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         ids_required=wanted.level == "strict",
         programs=shown_programs(binary),
         devices=DEVICES,
-        writes_tracked=wanted.writes_tracked and root and namespaces.usable and Path(USERFAULTFD).exists(),
+        writes_tracked=root and namespaces.usable and Path(USERFAULTFD).exists(),
         landlock=landlock,
         filtered=kernel.seccomp_filters() and seccomp.known(),
         limits=_limits(wanted, alone=ids is not None or (namespaces.usable and not root)),

@@ -127,7 +127,6 @@ def _wanted(vm: Vm, spec: VmSpec, steps: LaunchPlan) -> Wanted:
         cpus=limits.processors(spec),
         cpus_limited=bool(spec.limits.cpus),
         guest_data=max([spec.memory, *(disk.size for disk in spec.disks)]),
-        writes_tracked=True,
     )
 
 
