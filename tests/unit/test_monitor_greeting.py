@@ -50,6 +50,20 @@ async def test_leftovers_are_dropped(pieces: list[bytes]) -> None:
     await asyncio.wait_for(serving, 5)
 
 
+async def test_an_answer_to_the_client_before_is_not_taken_for_ours() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    late = [
+        {"return": {"status": "paused"}, "id": "__qmp#00001"},
+        {"error": {"desc": "no"}, "id": "__qmp#00002"},
+        EVENT,
+    ]
+    serving = asyncio.create_task(engine(theirs, [lines(GREETING, *late)]))
+    async with Monitor(ours, timeout=5) as monitor:
+        assert await monitor.execute("query-status") == {}
+    await asyncio.wait_for(serving, 5)
+
+
 async def test_an_end_before_the_greeting_is_told() -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)

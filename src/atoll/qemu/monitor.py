@@ -7,21 +7,21 @@ an event is woken when QEMU dies.
 import asyncio
 import contextlib
 import socket
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Self
 
 from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp.error import ProtocolError
+from qemu.qmp.models import Greeting
 from qemu.qmp.protocol import ConnectError, Runstate
+from qemu.qmp.qmp_client import NegotiationError
 
 from atoll.errors import EngineFailed, TimedOut
 
 KEPT_EVENTS = 1024
 """How many events a slow reader may have waiting; older ones are dropped and counted."""
-
-
-_PEEKED = 1 << 16
-_GREETING = b'{"QMP"'
 
 
 class Events:
@@ -63,26 +63,32 @@ class Events:
         return self._waiting.popleft()
 
 
-async def _until_greeting(connection: socket.socket) -> None:
-    """Throw away what a client before us left unread: QEMU sends that to the next one, before it greets."""
-    loop, readable = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(connection, readable.set)
-    try:
-        while await readable.wait():
-            readable.clear()
-            with contextlib.suppress(BlockingIOError):
-                seen = connection.recv(_PEEKED, socket.MSG_PEEK)
-                start = seen.find(_GREETING)
-                if start == 0 or not seen:
-                    return
-                leftover = start if start > 0 else seen.rfind(b"\n") + 1
-                if leftover:
-                    connection.recv(leftover)
-                else:
-                    # Half of a line: its rest is under way.
-                    await asyncio.sleep(0.001)
-    finally:
-        loop.remove_reader(connection)
+class _Client(QMPClient):
+    """Takes from a new connection only what is meant for it.
+
+    QEMU sends a new client what the one before it left unread, before it greets. And a command that the one before it
+    gave, or an event of that moment, may be answered after the greeting: seen when a client was killed.
+    """
+
+    async def _get_greeting(self) -> Greeting:
+        while True:
+            # The first line may be the rest of one that was read half.
+            with contextlib.suppress(ProtocolError):
+                message = await self._recv()
+                if "QMP" in message:
+                    return Greeting(message)
+
+    async def _negotiate(self) -> None:
+        assert self._greeting is not None
+        offered = self._greeting.QMP.capabilities
+        agreeing = self.make_execute_msg("qmp_capabilities", {"enable": ["oob"] if "oob" in offered else []})
+        agreeing["id"] = f"agree-{uuid.uuid4()}"
+        await self._send(agreeing)
+        # QEMU answers in the order of the commands: after this answer nothing of another client's can come.
+        while (answer := await self._recv()).get("id") != agreeing["id"]:
+            pass
+        if "error" in answer:
+            raise NegotiationError("QEMU refused to agree on the protocol", ProtocolError(str(answer["error"])))
 
 
 class Monitor:
@@ -92,7 +98,7 @@ class Monitor:
         """`timeout`, in seconds, bounds the greeting: another client may have the socket, or QEMU may hang."""
         self._connection = connection
         self._timeout = timeout
-        self._client = QMPClient()
+        self._client = _Client()
         self._client.logger.disabled = True
         self._subscribers: set[Events] = set()
         self._pump: asyncio.Task[None] | None = None
@@ -101,7 +107,6 @@ class Monitor:
     async def __aenter__(self) -> Self:
         try:
             async with asyncio.timeout(self._timeout):
-                await _until_greeting(self._connection)
                 await self._client.connect(self._connection)
         except TimeoutError:
             self._connection.close()
