@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import leftovers
+from tests.helpers.root import need_root
 
 USER, STRANGER = 54321, 54322
 """Numbers that nobody has; a user needs no name for this."""
@@ -59,8 +60,7 @@ class Person:
 
 @contextlib.contextmanager
 def somebody(uid: int) -> Iterator[Person]:
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
+    need_root("it becomes other users")
     home = Path(tempfile.mkdtemp(prefix="atoll-test-"))
     os.chown(home, uid, uid)
     home.chmod(0o755)

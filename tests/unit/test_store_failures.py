@@ -246,6 +246,7 @@ def test_a_file_that_this_user_may_not_write_is_told(home: Path, others_read: bo
         **({"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}),
     ).stdout
     home.chmod(0o755)
+    path.chmod(0o400)
     name, why, next_step = told.split(" | ")
     assert name == "RecordsFailed"
     assert "it can't be written" in why
