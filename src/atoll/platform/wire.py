@@ -16,7 +16,7 @@ from atoll import errors
 from atoll.errors import AtollError, NetworkFailed
 from atoll.host.sockets import address_of
 from atoll.model.task import Problem, Task
-from atoll.platform import routes
+from atoll.platform import lenient, routes
 from atoll.platform.api import Report
 from atoll.platform.routes import Call
 
@@ -142,7 +142,7 @@ class Wire:
             task = await self.get(f"{routes.VERSION}/tasks/{task.id}", Task, query={"wait": WAIT})
         if task.error is not None:
             raise error_of(task.error)
-        return msgspec.convert(task.result, routes.result(call))
+        return lenient.convert(task.result, routes.result(call))
 
     async def _reported(self, task: Task, report: Report) -> Task:
         """Tell the progress as it comes; the task as it was last told."""
@@ -213,7 +213,7 @@ def refused(status: int, body: bytes) -> AtollError:
 def decoded(body: bytes, kind: Any) -> Any:
     """An answer as the type that it has."""
     try:
-        return msgspec.json.decode(body, type=kind) if kind is not None and kind is not type(None) else None
+        return lenient.decode(body, kind) if kind is not None and kind is not type(None) else None
     except msgspec.DecodeError as error:
         raise NetworkFailed(
             "the agent's answer can't be read", str(error), "Use the same version of Atoll on both sides."
