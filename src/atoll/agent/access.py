@@ -161,7 +161,7 @@ class Door:
         except AtollError as error:
             state["refused"] = error
             return None
-        state |= {"principal": token.name, "scope": token.scope}
+        state |= {"principal": token.name, "scope": token.scope, "expires_at": token.expires_at}
         return token
 
     def note(self, scope: Any, status: int, headers: Mapping[bytes, bytes]) -> None:

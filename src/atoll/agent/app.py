@@ -113,9 +113,12 @@ def _event_handlers(agent: Agent) -> list[HTTPRouteHandler]:
     ) -> ServerSentEvent:
         """Server-sent events: what happens. `Last-Event-ID` goes on where a connection was lost."""
         last = request.headers.get("last-event-id", "")
-        known = int(last) if last.isdecimal() else after
+        wanted = int(last) if last.isdecimal() else after
+        known = agent.host.last_event() if wanted is None else wanted
 
         async def stream() -> AsyncIterator[ServerSentEventMessage]:
+            # Who loses the connection before the first event knows by this where to go on.
+            yield ServerSentEventMessage(data=None, id=known, comment="from here on")
             async with contextlib.aclosing(agent.host.events(follow=True, after=known)) as events:  # type: ignore[type-var]
                 async for event in events:
                     yield ServerSentEventMessage(

@@ -9,10 +9,11 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import Parameter
 from litestar.response import Stream
 
+from atoll import __version__
 from atoll.agent.access import PUBLIC
 from atoll.agent.handlers import Agent
-from atoll.errors import NotFound
-from atoll.model.token import Joined, JoinRequest
+from atoll.errors import AtollError, NotFound
+from atoll.model.token import Joined, JoinRequest, WhoAmI
 from atoll.store import audit
 
 
@@ -30,9 +31,22 @@ def joining_handlers(agent: Agent) -> list[HTTPRouteHandler]:
     @post("/v1/join", status_code=200, tags=["access"], operation_id="join", opt={"scope": PUBLIC})
     async def join(request: Request[Any, Any, Any], data: JoinRequest) -> Joined:
         """Exchange a one-time secret for a token that lasts."""
-        joined = agent.access.tokens.join(data)
-        request.scope["state"]["subject"] = joined.name
+        state = request.scope["state"]
+        try:
+            joined = agent.access.tokens.join(data)
+        except AtollError as error:
+            state["refused"] = error
+            raise
+        state["subject"] = joined.name
         return joined
+
+    @get("/v1/whoami", tags=["access"], operation_id="whoami", opt={"scope": "read"})
+    async def whoami(request: Request[Any, Any, Any]) -> WhoAmI:
+        """What the agent takes the client for."""
+        state = request.scope["state"]
+        return WhoAmI(
+            name=state["principal"], scope=state["scope"], expires_at=state.get("expires_at"), version=__version__
+        )
 
     @get("/v1/audit", tags=["access"], operation_id="audit_follow", opt={"scope": "admin"})
     async def log(follow: bool = False, tail: Annotated[int | None, Parameter(ge=0)] = None) -> Stream:
@@ -44,4 +58,4 @@ def joining_handlers(agent: Agent) -> list[HTTPRouteHandler]:
 
         return Stream(lines(), media_type="application/x-ndjson")
 
-    return [authority, join, log]
+    return [authority, join, whoami, log]

@@ -21,12 +21,18 @@ from atoll.errors import Busy
 from atoll.host import files, sockets
 from atoll.host.lease import lease
 from atoll.layout import Layout
+from atoll.model.names import new_id
 from atoll.platform.local import LocalHost
+from atoll.platform.wire import AGENT_HEADER
 
 CLOSE_TIMEOUT = 60.0
 """Seconds that requests at work have to be undone in when the agent ends."""
 GROUP = "atoll"
 """Whose members may use root's agent, as they may root's docker."""
+
+
+_INSTANCE = new_id()
+"""Tells a client whether the agent that it speaks to knows what it asked before."""
 
 
 class Listener(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,6 +162,7 @@ def _server(app: Any, listener: Listener) -> _Server:
         # Whoever says that he passes on another one's request could be anybody.
         proxy_headers=False,
         http=tls.PeerProtocol,
+        headers=[(AGENT_HEADER.decode(), _INSTANCE)],
         timeout_graceful_shutdown=5,
     )
     config.load()

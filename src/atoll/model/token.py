@@ -56,3 +56,13 @@ class Joined(Struct, frozen=True, kw_only=True):
     token: str
     name: str
     scope: Scope
+
+
+class WhoAmI(Struct, frozen=True, kw_only=True):
+    """What an agent takes a client for."""
+
+    name: str
+    scope: Scope
+    expires_at: float | None
+    version: str
+    """The agent's Atoll."""
