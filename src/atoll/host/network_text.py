@@ -96,7 +96,7 @@ table bridge atoll {{
         ether type ip ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
         ether type ip iifname . ether saddr . ip saddr @addresses accept
 {rules6}    }}
-{_impaired(ports, impairments, limits or {})}}}
+{impaired(ports, impairments, limits or {})}}}
 """
 
 
@@ -126,7 +126,7 @@ def _guards6(ports: Sequence[Port]) -> tuple[str, str]:
     return sets, rules
 
 
-def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment], limits: Mapping[str, int]) -> str:
+def impaired(ports: Sequence[Port], impairments: Sequence[Impairment], limits: Mapping[str, int]) -> str:
     """Chains for what is lost on the way, before the guards and behind the bridge; nothing when nothing is."""
     taps: dict[str, list[str]] = {}
     for port in ports:
