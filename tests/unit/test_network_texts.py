@@ -39,6 +39,7 @@ CARDS = [
     Attached(vm_id="b", vm="web", nic="net1", mac="52:54:00:00:00:02", address="10.213.0.3"),
 ]
 LAB6 = replace(LAB, id="3" * 32, name="lab6", subnet6="fd5a:1:2:3::/64")
+WAN6 = replace(WAN, id="4" * 32, name="wan6", subnet6="fd5a:1:2:3::/64")
 CARDS6 = [replace(card, address6=subnets.address6("fd5a:1:2:3::/64", card.mac)) for card in CARDS]
 PORTS = [Port(tap=f"t{number}", mac=card.mac, address=card.address) for number, card in enumerate(CARDS)]
 CABLE = Link(name="t1", index=4, mac=PORTS[1].mac, address=PORTS[1].address)
@@ -69,7 +70,7 @@ def told(network: Network) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("network", [LAB, LAB6, WAN], ids=lambda network: str(network.name))
+@pytest.mark.parametrize("network", [LAB, LAB6, WAN, WAN6], ids=lambda network: str(network.name))
 def test_what_programs_are_told(network: Network) -> None:
     text = "".join(f"== {name}\n{content}" for name, content in told(network).items())
     golden = GOLDEN / f"network-{network.name}.txt"

@@ -39,7 +39,7 @@ async def ensure(members: Members, paths: NetworkPaths) -> int:
     else:
         await tell(members, paths)
     if members.network.mode == "nat":
-        await uplink.ensure(paths, holder.pid)
+        await uplink.ensure(paths, holder.pid, ipv6=members.network.subnet6 is not None)
     return holder.pid
 
 
