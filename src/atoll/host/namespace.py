@@ -41,6 +41,7 @@ echo 1 >/proc/sys/net/ipv4/ip_forward
 for each in disable_ipv6 accept_ra accept_dad; do
     [ ! -e /proc/sys/net/ipv6 ] || echo 0 >/proc/sys/net/ipv6/conf/default/$each
 done
+[ ! -e /proc/sys/net/ipv6 ] || echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
 ip -batch "$1/links" && nft -f "$1/rules.nft"
 """
 HOLDER = r"""
