@@ -1,6 +1,6 @@
 """How the programs beside QEMU are shut in: those that speak for guests on a network, and see what guests send.
 
-As QEMU itself (`sandbox.py`), but that they keep a network and may make sockets.
+As QEMU itself (`sandbox.py`), but that most keep a network and may make sockets.
 """
 
 import os
@@ -15,7 +15,7 @@ from msgspec import Struct
 from atoll.errors import NetworkFailed
 from atoll.host import kernel, seccomp
 from atoll.host.jail import DEVICES, Ids, Jail
-from atoll.host.sandbox import own_ids, shown_libraries, usable_namespaces, without_ids
+from atoll.host.sandbox import own_ids, shown_libraries, shown_python, usable_namespaces, without_ids
 from atoll.model.units import GIB, MIB
 
 CAP_SETPCAP, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN = 8, 10, 12, 13, 21
@@ -97,6 +97,18 @@ def for_uplink(binary: str, *, holder: int, folder: Path) -> Jail:
     )
 
 
+def for_relay(python: str, *, holder: int) -> Jail:
+    """The jail for a bad cable, in the network's user namespace: it has both ends open, and makes and opens nothing."""
+    return _jail(
+        (*shown_python(python), python),
+        namespaces=True,
+        user_namespace=True,
+        joined=holder,
+        ids=_ids_in(holder),
+        sockets=False,
+    )
+
+
 def _ids_in(holder: int) -> Ids | None:
     """Those that the holder's user namespace has besides this user's."""
     lines = [line.split() for line in Path(f"/proc/{holder}/uid_map").read_text().splitlines()]
@@ -104,7 +116,7 @@ def _ids_in(holder: int) -> Ids | None:
     return None if user is None else Ids(user=user, group=user)
 
 
-def _jail(shown: Sequence[str], *, ids: Ids | None, user_namespace: bool, **others: Any) -> Jail:
+def _jail(shown: Sequence[str], *, ids: Ids | None, user_namespace: bool, sockets: bool = True, **others: Any) -> Jail:
     """With what is the same for all."""
     limits = [
         (resource.RLIMIT_CORE, 0),
@@ -120,7 +132,7 @@ def _jail(shown: Sequence[str], *, ids: Ids | None, user_namespace: bool, **othe
         ids=ids,
         user_namespace=user_namespace,
         programs=_with_targets(shown),
-        sockets=True,
+        sockets=sockets,
         landlock=kernel.landlock_version(),
         filtered=kernel.seccomp_filters() and seccomp.known(),
         limits=tuple(limits),
