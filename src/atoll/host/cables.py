@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from atoll.host import facts, helper_jail, link_text, namespace, relay
+from atoll.host import cgroups, facts, helper_jail, link_text, namespace, relay
 from atoll.host.link_text import BRIDGE, Link
 from atoll.host.sandbox import own_ids
 from atoll.host.spawn import Program, spawn
@@ -42,8 +41,7 @@ async def mended(
     kept = {tap for tap, (_, told) in running.items() if settings.get(tap) == told}
     for tap, (pid, _) in running.items():
         if tap not in kept:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            namespace.kill(pid)
     plain = [card for card in cards if card.name not in settings and card.master != BRIDGE]
     used = {link_text.private_bridge(tap) for tap in settings}
     unused = [link.name for link in links if link.name.startswith(link_text.PRIVATE) and link.name not in used]
@@ -115,11 +113,11 @@ def _spawn(holder: int, paths: NetworkPaths, tap: str, settings: str, opened: Se
             output=log.fileno(),
             folder=str(paths.run),
         )
-        spawn(program, helper_jail.for_relay(python, holder=holder))
+        groups = cgroups.entrances(paths.run.name)
+        spawn(program, helper_jail.for_relay(python, holder=holder, groups=groups))
 
 
 def end(paths: NetworkPaths) -> None:
     """They would end by themselves, a moment after the network."""
     for pid, _ in relays_of(paths).values():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        namespace.kill(pid)

@@ -10,6 +10,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from atoll.errors import EngineFailed, InvalidInput, Unsupported
 from atoll.host import facts, kernel, process, seccomp
 from atoll.host.helper_jail import LARGEST_LOG
@@ -44,11 +46,14 @@ def check_folder(path: str) -> None:
         raise InvalidInput(f"the folder {path} can't be shared", why, "Check its path.")
 
 
-def serve(folder: ServedFolder, *, log: Path) -> Served:
-    """Start a server. Raises `InvalidInput` (the folder), `MissingTool`, `Unsupported`, `EngineFailed`."""
+def serve(folder: ServedFolder, *, log: Path, groups: tuple[str, ...] = ()) -> Served:
+    """Start a server, in these control groups.
+
+    Raises `InvalidInput` (the folder), `MissingTool`, `Unsupported`, `EngineFailed`.
+    """
     check_folder(folder.path)
     program = process.find(PROGRAM)
-    jail = jail_for(folder, program)
+    jail = replace(jail_for(folder, program), groups=groups)
     ours, theirs = socket.socketpair()
     try:
         with theirs, log.open("ab") as output:

@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import Struct
 
 from atoll.errors import NetworkFailed
-from atoll.host import kernel, seccomp
+from atoll.host import cgroups, kernel, seccomp
 from atoll.host.jail import DEVICES, Ids, Jail
 from atoll.host.sandbox import own_ids, shown_libraries, shown_python, usable_namespaces, without_ids
 from atoll.model.units import GIB, MIB
@@ -24,6 +24,8 @@ PROCESSES = 256
 CONNECTIONS = 2048
 """Descriptors that it may have. Slirp keeps up to 256 KiB for each connection, so these come to their end first."""
 MEMORY, STACK, LARGEST_LOG = 1 * GIB, 2 * MIB, 1 * MIB
+OF_A_NETWORK = cgroups.Wanted(processes=1024, cpus=2, weight=50, memory=2 * GIB)
+"""All that serve one network, together: where there isn't enough for all, VMs come first."""
 
 
 class HelperJail(Struct, frozen=True, kw_only=True):
@@ -56,7 +58,9 @@ def for_user_network(
     return HelperJail(jail=jail, weaker="" if namespaces.usable else f"it has no root of its own: {namespaces.why}")
 
 
-def for_names(programs: Sequence[str], *, network_id: str, files: Path, ipv6: bool) -> Jail:
+def for_names(
+    programs: Sequence[str], *, network_id: str, files: Path, ipv6: bool, groups: tuple[str, ...] = ()
+) -> Jail:
     """The jail in which a network's names and addresses are told: a network of its own, and these files.
 
     Its user namespace is the network's as well. Raises `NetworkFailed` where there are no namespaces.
@@ -73,10 +77,11 @@ def for_names(programs: Sequence[str], *, network_id: str, files: Path, ipv6: bo
         # In that network alone. dnsmasq insists on the second one for DHCP, though it doesn't use it; the third one is
         # for router advertisements.
         capabilities=(CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, *((CAP_NET_RAW,) if ipv6 else ())),
+        groups=groups,
     )
 
 
-def for_uplink(binary: str, *, holder: int, folder: Path) -> Jail:
+def for_uplink(binary: str, *, holder: int, folder: Path, groups: tuple[str, ...] = ()) -> Jail:
     """The jail for a network's way out, which opens a tap in the network's namespace before it drops the privileges for
     that. Root's is outside of the holder's user namespace: in there it couldn't have ports below 1024.
     """
@@ -94,10 +99,11 @@ def for_uplink(binary: str, *, holder: int, folder: Path) -> Jail:
         devices=(*DEVICES, "/dev/net/tun"),
         folder=str(folder),
         nests=True,
+        groups=groups,
     )
 
 
-def for_relay(python: str, *, holder: int) -> Jail:
+def for_relay(python: str, *, holder: int, groups: tuple[str, ...] = ()) -> Jail:
     """The jail for a bad cable, in the network's user namespace: it has both ends open, and makes and opens nothing."""
     return _jail(
         (*shown_python(python), python),
@@ -106,6 +112,7 @@ def for_relay(python: str, *, holder: int) -> Jail:
         joined=holder,
         ids=_ids_in(holder),
         sockets=False,
+        groups=groups,
     )
 
 
