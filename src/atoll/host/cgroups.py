@@ -1,8 +1,8 @@
 """A control group for each VM and each network: what its processes may take of the computer together (cgroups(7)).
 
-Found in this order: the second version where this user may divide its group, else the first version controller by
-controller, else nothing. Groups are folders, named `atoll/OWNER.START` below our own: while a VM is restored it has two
-QEMUs for a moment, each with its own.
+Found in this order: the second version where this user may divide a group that we are in, else the first version
+controller by controller, else nothing. Groups are folders, named `atoll/OWNER.START` below that: while a VM is restored
+it has two QEMUs for a moment, each with its own.
 
 A VM's memory isn't bounded here: the kernel would count files in memory that QEMU writes for us (templates of forks, a
 home on a tmpfs) against the VM, and end it for them.
@@ -62,8 +62,9 @@ def make(owner: str, wanted: Wanted) -> Groups:
     """Make the groups of one start of a VM or network. Raises nothing: what isn't bounded is told."""
     name = f"{owner}.{secrets.token_hex(4)}"
     mounts, ours = kernel.cgroup_mounts(), kernel.own_groups()
-    if "" in mounts and "" in ours:
-        groups = _make_second(mounts[""] / ours[""].lstrip("/"), name, wanted)
+    base = kernel.divisible_group()
+    if base is not None:
+        groups = _make_second(base, name, wanted)
         if groups.bounded:
             return groups
     entrances: list[str] = []
@@ -166,11 +167,17 @@ def remove(owner: str, *, within: float = 0.0) -> None:
 
 def _folders(owner: str) -> Iterator[tuple[str, Path]]:
     """The groups that it has: controller ('' for the second version) and folder."""
-    ours = kernel.own_groups()
-    for controller, mount in kernel.cgroup_mounts().items():
-        if controller in ours and controller in ("", "pids", "cpu", "memory"):
-            for folder in (mount / ours[controller].lstrip("/") / FOLDER).glob(f"{owner}.*"):
-                yield controller, folder
+    ours, mounts = kernel.own_groups(), kernel.cgroup_mounts()
+    above = kernel.groups_above()
+    if above:
+        # A VM that was started from a desktop is found from another login, too.
+        user = os.getuid()
+        above.append(mounts[""] / f"user.slice/user-{user}.slice/user@{user}.service")
+    places = [("", folder) for folder in dict.fromkeys(above)]
+    places += [(each, mounts[each] / ours[each].lstrip("/")) for each in ("pids", "cpu", "memory") if each in ours]
+    for controller, place in places:
+        for folder in (place / FOLDER).glob(f"{owner}.*"):
+            yield controller, folder
 
 
 def _remove(folder: Path) -> None:
