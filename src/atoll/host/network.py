@@ -199,5 +199,6 @@ def end(network_id: str, paths: NetworkPaths) -> None:
     import shutil
 
     cables.end(paths)
+    uplink.end(paths)
     namespace.end(network_id, paths)
     shutil.rmtree(paths.run, ignore_errors=True)

@@ -8,7 +8,7 @@ import contextlib
 import os
 
 from atoll.errors import NetworkFailed
-from atoll.host import helper_jail, namespace, process, slirp
+from atoll.host import cgroups, helper_jail, namespace, process, slirp
 from atoll.host.link_text import UPLINK
 from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
@@ -66,7 +66,15 @@ def _start(paths: NetworkPaths, holder: int, told: int, *, ipv6: bool) -> None:
             output=log.fileno(),
             folder=str(folder),
         )
-        spawn(program, helper_jail.for_uplink(binary, holder=holder, folder=folder))
+        groups = cgroups.entrances(paths.run.name)
+        spawn(program, helper_jail.for_uplink(binary, holder=holder, folder=folder, groups=groups))
+
+
+def end(paths: NetworkPaths) -> None:
+    """It would end by itself, a moment after the network."""
+    pid = slirp.listener(paths.uplink)
+    if pid is not None:
+        namespace.kill(pid)
 
 
 async def published(paths: NetworkPaths) -> list[tuple[str, PortSpec]]:
