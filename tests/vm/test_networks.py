@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -270,3 +271,15 @@ async def test_copies_and_restored_machines_have_addresses_that_nobody_else_has(
     (nic,) = web.record.spec.nics
     assert nic.network == NOWHERE, "its network is gone, and it isn't let out instead"
     assert (await web.exec(["ping", "-c", "1", "-W", "1", "10.213.0.1"])).exit_code != 0
+
+
+async def test_a_network_that_an_older_build_brought_up_can_be_removed(hosts: Factory) -> None:
+    """Those had no folder of names."""
+    network = await hosts.host.networks.create("lab")
+    await hosts.host.networks.exec("lab", ["true"])
+    paths = hosts.layout.network(network.id)
+    shutil.rmtree(paths.names)
+    await hosts.create("tiny", name="web", **on("lab"))
+    shutil.rmtree(paths.names)
+    await hosts.host.networks.rm("lab", force=True)
+    assert await hosts.host.networks.ls() == [] and not paths.run.exists()

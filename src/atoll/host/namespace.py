@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from atoll.errors import NetworkFailed, ProcessFailed, from_os_error
-from atoll.host import facts, files, helper_jail, process, syscalls
+from atoll.host import cgroups, facts, files, helper_jail, process, syscalls
 from atoll.host.sandbox import own_ids
 from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
@@ -41,6 +41,7 @@ echo 1 >/proc/sys/net/ipv4/ip_forward
 for each in disable_ipv6 accept_ra accept_dad; do
     [ ! -e /proc/sys/net/ipv6 ] || echo 0 >/proc/sys/net/ipv6/conf/default/$each
 done
+[ ! -e /proc/sys/net/ipv6 ] || echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
 ip -batch "$1/links" && nft -f "$1/rules.nft"
 """
 HOLDER = r"""
@@ -111,7 +112,10 @@ def _start(network: Network, paths: NetworkPaths, waiting: int, told: int) -> in
                 errors=log.fileno(),
             )
             ipv6 = network.subnet6 is not None
-            jail = helper_jail.for_names((sh, dnsmasq, sleep), network_id=network.id, files=paths.names, ipv6=ipv6)
+            groups = cgroups.make(network.id, helper_jail.OF_A_NETWORK).entrances
+            jail = helper_jail.for_names(
+                (sh, dnsmasq, sleep), network_id=network.id, files=paths.names, ipv6=ipv6, groups=groups
+            )
             return spawn(program, jail).pid
     finally:
         os.close(alive)
@@ -153,14 +157,20 @@ def end(network_id: str, paths: NetworkPaths) -> None:
     """End the holder, also one that a killed command has left unrecorded. dnsmasq ends with it, the uplink after it."""
     ids = own_ids(network_id)
     for pid in facts.scan_for(network_id, after=MARK, also_user=ids.user if ids else None):
-        with contextlib.suppress(ProcessLookupError):
-            handle = os.pidfd_open(pid)
-            try:
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-                select.select([handle], [], [], END_TIME)
-            finally:
-                os.close(handle)
+        kill(pid)
     paths.holder.unlink(missing_ok=True)
+    cgroups.remove(network_id, within=END_TIME)
+
+
+def kill(pid: int) -> None:
+    """And wait until it is gone, some milliseconds."""
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            select.select([handle], [], [], END_TIME)
+        finally:
+            os.close(handle)
 
 
 def entered(holder: int, *, net: bool = True, user: bool = True) -> list[str]:

@@ -39,15 +39,13 @@ async def ensure(members: Members, paths: NetworkPaths) -> int:
     else:
         await tell(members, paths)
     if members.network.mode == "nat":
-        await uplink.ensure(paths, holder.pid)
+        await uplink.ensure(paths, holder.pid, ipv6=members.network.subnet6 is not None)
     return holder.pid
 
 
 def _write_all(members: Members, paths: NetworkPaths) -> None:
     network, attached = members.network, members.attached
-    files.make_folder(paths.names)
-    # dnsmasq is another user; the folder that this is in keeps the others out.
-    paths.names.chmod(0o755)
+    _make_folder_of_names(paths)
     for of_before in (paths.impairments, paths.policy):
         of_before.unlink(missing_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -68,6 +66,12 @@ def _write_all(members: Members, paths: NetworkPaths) -> None:
         path.chmod(0o644)
 
 
+def _make_folder_of_names(paths: NetworkPaths) -> None:
+    files.make_folder(paths.names)
+    # dnsmasq is another user; the folder that this is in keeps the others out.
+    paths.names.chmod(0o755)
+
+
 async def tell(members: Members, paths: NetworkPaths) -> None:
     """Let a network that is up know which VMs there are, under which names, and what their rules are.
 
@@ -84,6 +88,8 @@ async def tell(members: Members, paths: NetworkPaths) -> None:
     texts = {paths.hosts: network_text.hosts(network, attached), paths.leases: network_text.leases(attached)}
     if all(path.exists() and path.read_text() == text for path, text in texts.items()):
         return
+    # An older build's network has none.
+    _make_folder_of_names(paths)
     for path, text in texts.items():
         files.write_atomically(path, text.encode(), mode=0o644)
     namespace.read_again(network.id, paths, holder.pid)
@@ -193,5 +199,6 @@ def end(network_id: str, paths: NetworkPaths) -> None:
     import shutil
 
     cables.end(paths)
+    uplink.end(paths)
     namespace.end(network_id, paths)
     shutil.rmtree(paths.run, ignore_errors=True)

@@ -134,9 +134,15 @@ def record_end(services: Services, vm: Vm) -> Vm:
             ended = replace(current, run=None, last_exit=end)
             services.records.put_vm(ended)
             cgroups.remove(vm.id)
+            services.bridges_left |= _bridges(services, vm)
             data = {"reason": end.reason, "detail": end.detail}
             services.records.add_event("vm.ended", vm_id=vm.id, name=vm.name, data=data)
     return ended
+
+
+def _bridges(services: Services, vm: Vm) -> set[str]:
+    networks = [services.records.network(nic.network) for nic in vm.spec.nics if nic.network]
+    return {network.id for network in networks if network is not None and network.mode == "bridge"}
 
 
 def evidence(vm: Vm, paths: VmPaths) -> Exit:
