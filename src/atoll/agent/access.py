@@ -27,7 +27,7 @@ PUBLIC = "public"
 """Takes the place of a scope: whoever reaches the agent may ask."""
 LOOK_AGAIN = 1.0
 """Seconds until a stream of a token that was revoked has ended."""
-_NOTE_USES = 30
+_NOTE_USES = 10
 """How many of these pass between two notes of when tokens were last used."""
 _ENDED = 1008
 """WebSocket's code for what a policy forbids."""
@@ -177,7 +177,7 @@ class Door:
             at=time.time(),
             principal=state["principal"],
             via=self._via,
-            address=state.get("address") or (str(client[0]) if client else ""),
+            address=state.get("address") or (str(client[0]).removeprefix("::ffff:") if client else ""),
             call=state.get("call") or scope.get("path", ""),
             subject=state.get("subject") or next((str(each) for each in parameters.values()), ""),
             task=headers.get(b"atoll-task", b"").decode("latin-1"),

@@ -268,6 +268,11 @@ class RemoteNetworks(Part):
         return RemoteGroups(self._wire)
 
     async def command_line(self, reference: str, command: Sequence[str]) -> list[str]:
+        if self._wire.place.socket is not None:
+            from atoll.platform.local import LocalHost
+
+            async with LocalHost() as host:
+                return await host.networks.command_line(reference, command)
         raise Unsupported(
             "a program can be started in a network only on the computer that has it",
             next_step="Use `exec`, which runs it there.",

@@ -38,7 +38,8 @@ async def open_socket(wire: Wire, path: str) -> ClientConnection:
 
 
 def _lost(wire: Wire, error: BaseException) -> NetworkFailed:
-    return lost(wire.place.shown, error)
+    told = error.rcvd.reason if isinstance(error, ConnectionClosed) and error.rcvd is not None else ""
+    return lost(wire.place.shown, EOFError(told) if told else error)
 
 
 async def execute(
