@@ -135,3 +135,23 @@ def test_commands_about_this_computer_say_so(home: Path, words: tuple[str, ...])
     refused = atoll("-H", "big", *words)
     assert refused.code == InvalidInput.exit_code
     assert f"`atoll {words[0]}` is about this computer" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--listen", "8443"), "ADDRESS:PORT"),
+        (("--listen", "192.0.2.200:8443"), "can't listen on 192.0.2.200:8443"),
+        (("--listen", "127.0.0.1:0", "--name", "a b"), "can't be the name of a computer"),
+    ],
+)
+def test_an_agent_that_cant_listen_says_why(layout: Layout, words: tuple[str, ...], said: str) -> None:
+    refused = atoll("serve", *words)
+    assert refused.code != 0 and said in refused.err
+    assert not layout.agent_socket.exists()
+
+
+def test_a_token_whose_certificate_cant_be_written_isnt_made(layout: Layout) -> None:
+    refused = atoll("token", "create", "ci", "--certificate", "/proc/ci.pem")
+    assert refused.code != 0 and "/proc/ci.pem" in refused.err
+    assert Tokens(layout.tokens).ls() == []

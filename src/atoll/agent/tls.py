@@ -32,6 +32,9 @@ class Identity:
     """The agent's certificate, for as many listeners as it has."""
 
     def __init__(self, layout: Layout, names: Sequence[str], *, lifetime: float = SERVER_LIFETIME) -> None:
+        for each in names:
+            if not certificates.is_name(each):
+                raise InvalidInput(f"{each!r} can't be the name of a computer", next_step="Write it as DNS has it.")
         self._path = layout.server_certificate
         self._given = tuple(names)
         self._lifetime = lifetime
@@ -60,7 +63,7 @@ class Identity:
     async def _names(self) -> list[str]:
         """The first is the certificate's own."""
         found = [*self._given, socket.gethostname(), "localhost", *await _addresses()]
-        return list(dict.fromkeys(each for each in found if each))
+        return list(dict.fromkeys(each for each in found if certificates.is_name(each)))
 
 
 def _context(authority: Authority) -> ssl.SSLContext:

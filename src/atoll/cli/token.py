@@ -12,6 +12,7 @@ from atoll.model.token import SCOPES, Scope
 
 if TYPE_CHECKING:
     from atoll.layout import Layout
+    from atoll.model.token import Token
     from atoll.store.tokens import Tokens
 
 _scope = click.option(
@@ -63,15 +64,25 @@ def create(name: str, scope: Scope, expires: float | None, certificate: Path | N
     found, tokens = _opened()
     token, secret = tokens.create(name, scope=scope, expires_in=expires)
     if certificate is not None:
-        from atoll.host import certificates, files
-
-        lifetime = certificates.CLIENT_LIFETIME if expires is None else expires
-        issuer = certificates.authority(found.credentials)
-        files.write_atomically(certificate, certificates.client_certificate(issuer, name, token.id, lifetime=lifetime))
+        try:
+            _write_certificate(found, token, certificate)
+        except BaseException:
+            tokens.rm(name)
+            raise
     if format != "table":
         emit({"name": name, "scope": scope, "expires_at": token.expires_at, "token": secret}, format)
         return
     click.echo(secret)
+
+
+def _write_certificate(layout: "Layout", token: "Token", path: Path) -> None:
+    import time
+
+    from atoll.host import certificates, files
+
+    lifetime = certificates.CLIENT_LIFETIME if token.expires_at is None else token.expires_at - time.time()
+    issuer = certificates.authority(layout.credentials)
+    files.write_atomically(path, certificates.client_certificate(issuer, token.name, token.id, lifetime=lifetime))
 
 
 @token_command.command("join")

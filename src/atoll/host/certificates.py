@@ -6,6 +6,7 @@ The authority is made once and lives long, since clients have its fingerprint; w
 import datetime
 import ipaddress
 import os
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from atoll.host import files
 AUTHORITY_LIFETIME = 20 * 365 * 86400.0
 SERVER_LIFETIME = 90 * 86400.0
 CLIENT_LIFETIME = 365 * 86400.0
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_DNS_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*", re.ASCII)
 _CLOCKS_DIFFER = datetime.timedelta(minutes=10)
 
 
@@ -172,6 +175,15 @@ def _usage(**granted: bool) -> x509.KeyUsage:
         " encipher_only decipher_only"
     )
     return x509.KeyUsage(**dict.fromkeys(every.split(), False) | granted)
+
+
+def is_name(name: str) -> bool:
+    """Whether a server can be called that: a name of DNS, or an address."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return len(name) <= 253 and _DNS_NAME.fullmatch(name) is not None
+    return True
 
 
 def _alternative(name: str) -> x509.GeneralName:

@@ -111,7 +111,7 @@ async def join(name: str, url: str, invitation: Invitation) -> WhoAmI:
             joined: Joined = decoded(await response.aread(), Joined)
     finally:
         await wire.close()
-    return await _note(name, address, joined.token, ca=ca, fingerprint=invitation.fingerprint)
+    return await _note(name, address, joined.token, ca=ca)
 
 
 async def add(name: str, url: str, token: str, *, ca: str | None, fingerprint: str | None) -> WhoAmI:
@@ -119,7 +119,7 @@ async def add(name: str, url: str, token: str, *, ca: str | None, fingerprint: s
     address = _new(name, url)
     if fingerprint is not None:
         ca = await fetch_authority(address, fingerprint.lower().replace(":", ""))
-    return await _note(name, address, token, ca=ca, fingerprint=fingerprint or "")
+    return await _note(name, address, token, ca=ca)
 
 
 def _new(name: str, url: str) -> str:
@@ -132,8 +132,9 @@ def _new(name: str, url: str) -> str:
     return check_url(url)
 
 
-async def _note(name: str, url: str, token: str, *, ca: str | None, fingerprint: str) -> WhoAmI:
+async def _note(name: str, url: str, token: str, *, ca: str | None) -> WhoAmI:
     """Keep it, once it let us in."""
+    fingerprint = _fingerprint_of(ca) if ca is not None else ""
     host = KnownHost(name=name, url=url, token=token, ca=ca, fingerprint=fingerprint, added_at=time.time())
     found = await whoami(host)
     _change(lambda hosts: [*(each for each in hosts if each.name != name), host])
