@@ -15,6 +15,7 @@ from tests.helpers.proxy import proxy_to
 
 from atoll.errors import NetworkFailed
 from atoll.layout import Layout
+from atoll.operations.guest_agent import LINGER
 from atoll.platform.remote import RemoteHost
 from atoll.platform.wire import Place
 from atoll.store.audit import past
@@ -51,6 +52,20 @@ async def test_commands_reach_guests_of_a_noted_host(
     asked = past(layout.audit)
     assert {each.via for each in asked} == {"remote"}
     assert {"host.create", "vm.start", "vm.exec.stream", "vm.snapshot", "vm.rm"} <= {each.call for each in asked}
+
+
+async def test_a_command_doesnt_keep_its_agent_from_the_guest(layout: Layout) -> None:
+    await adopt_cached("tiny", layout)
+    async with remote_agent(layout) as url:
+        invitation = (await asyncio.to_thread(atoll, "token", "join")).out.strip()
+        await asyncio.to_thread(atoll, "host", "add", "big", url, invitation)
+        await asyncio.to_thread(atoll, "run", "tiny", "--name", "web", "--memory", "128MiB")
+        for words in ((), ("-H", "big")):
+            # By then the agent has let go of its own connection.
+            await asyncio.sleep(LINGER + 0.5)
+            ended = await asyncio.to_thread(atoll, *words, "exec", "web", "--", "true")
+            assert ended.code == 0, ended.err
+        await asyncio.to_thread(atoll, "rm", "--force", "web")
 
 
 async def test_streams_tell_that_they_were_lost(layout: Layout) -> None:

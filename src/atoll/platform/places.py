@@ -1,6 +1,5 @@
 """Which host is meant: this computer's, in this process or through its agent, or another one's agent."""
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -47,9 +46,7 @@ def _remote(where: str, token: str | None, ca: str | Path | None) -> AsyncHost:
 
 
 def agent_answers(layout: Layout) -> bool:
-    """Whether an agent listens for local commands. A socket that a killed one left doesn't."""
+    """Whether an agent listens for local commands."""
     from atoll.host import sockets
 
-    with contextlib.suppress(OSError), sockets.connect(layout.agent_socket):
-        return True
-    return False
+    return sockets.answers(layout.agent_socket)
