@@ -38,7 +38,8 @@ async def mended(
         return links
     cards = [link for link in links if link.name.startswith(link_text.TAP) and link.mac]
     settings = {card.name: _settings(card, wanted[card.mac]) for card in cards if card.mac in wanted}
-    kept = {tap for tap, (_, told) in running.items() if settings.get(tap) == told}
+    whole = {card.name for card in cards if _has_cable(card, links)}
+    kept = {tap for tap, (_, told) in running.items() if settings.get(tap) == told and tap in whole}
     for tap, (pid, _) in running.items():
         if tap not in kept:
             with contextlib.suppress(ProcessLookupError):
@@ -55,6 +56,13 @@ async def mended(
 
 def _names(links: Sequence[Link]) -> set[str]:
     return {link.name for link in links}
+
+
+def _has_cable(card: Link, links: Sequence[Link]) -> bool:
+    """Whether its relay's outer tap is where a killed command may not have put it: that is done last."""
+    return any(
+        each.name.startswith(link_text.OUTER) and each.master == BRIDGE and each.mac == card.mac for each in links
+    )
 
 
 def _private(card: Link) -> str:

@@ -76,13 +76,12 @@ def for_names(programs: Sequence[str], *, network_id: str, files: Path, ipv6: bo
     )
 
 
-def for_uplink(binary: str, *, holder: int, folder: Path) -> Jail:
+def for_uplink(binary: str, *, network_id: str, holder: int, folder: Path) -> Jail:
     """The jail for a network's way out, which opens a tap in the network's namespace before it drops the privileges for
     that. Root's is outside of the holder's user namespace: in there it couldn't have ports below 1024.
     """
     root = os.geteuid() == 0
-    seed = secrets.token_hex(4)
-    ids = (None if without_ids(seed) else own_ids(seed)) if root else _ids_in(holder)
+    ids = uplink_ids(network_id, holder)
     return _jail(
         (binary, "/etc/resolv.conf"),
         namespaces=True,
@@ -97,8 +96,13 @@ def for_uplink(binary: str, *, holder: int, folder: Path) -> Jail:
     )
 
 
-def _ids_in(holder: int) -> Ids | None:
-    """Those that the holder's user namespace has besides this user's."""
+def uplink_ids(network_id: str, holder: int) -> Ids | None:
+    """The uplink's user: for root one that is neither a VM's nor the holder's, else the one that the holder's user
+    namespace has besides this user.
+    """
+    if os.geteuid() == 0:
+        seed = network_id[8:]
+        return None if without_ids(seed) else own_ids(seed)
     lines = [line.split() for line in Path(f"/proc/{holder}/uid_map").read_text().splitlines()]
     user = next((int(outside) for inside, outside, _ in lines if inside == "1"), None)
     return None if user is None else Ids(user=user, group=user)

@@ -8,7 +8,7 @@ import contextlib
 import os
 
 from atoll.errors import NetworkFailed
-from atoll.host import helper_jail, namespace, process, slirp
+from atoll.host import facts, helper_jail, namespace, process, slirp
 from atoll.host.link_text import UPLINK
 from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
@@ -24,6 +24,7 @@ async def ensure(paths: NetworkPaths, holder: int) -> None:
     """Start the uplink unless it is there. Raises `NetworkFailed`, `MissingTool`."""
     if slirp.listener(paths.uplink) is not None:
         return
+    _end_strays(paths, holder)
     ready, told = os.pipe()
     try:
         _start(paths, holder, told)
@@ -31,8 +32,16 @@ async def ensure(paths: NetworkPaths, holder: int) -> None:
             raise NetworkFailed("a network has no way out", namespace.last_line(paths.log), f"See {paths.log}.")
     finally:
         os.close(ready)
-    # slirp4netns asks for VMs as for neighbours; so published ports need no translation of addresses.
-    await namespace.run(holder, "sh", "-c", f"echo 1 >/proc/sys/net/ipv4/conf/{UPLINK}/proxy_arp")
+
+
+def _end_strays(paths: NetworkPaths, holder: int) -> None:
+    """One that a killed command has left on its way up would still take the name of our link."""
+    ids = helper_jail.uplink_ids(paths.run.name, holder)
+    namespace.end_all(facts.scan_for(_api_socket(paths), also_user=ids.user if ids else None))
+
+
+def _api_socket(paths: NetworkPaths) -> str:
+    return f"--api-socket={paths.uplink.name}"
 
 
 def _start(paths: NetworkPaths, holder: int, told: int) -> None:
@@ -51,7 +60,7 @@ def _start(paths: NetworkPaths, holder: int, told: int) -> None:
         stack.callback(os.close, net)
         log = stack.enter_context(paths.log.open("ab"))
         argv = [binary, "--netns-type=path", "--configure", f"--mtu={_LARGEST_PACKET}", f"--cidr={_SUBNET}"]
-        argv += ["--disable-host-loopback", "--enable-sandbox", "--enable-seccomp", f"--api-socket={paths.uplink.name}"]
+        argv += ["--disable-host-loopback", "--enable-sandbox", "--enable-seccomp", _api_socket(paths)]
         argv += [f"--exit-fd={alive}", f"--ready-fd={told}", f"/proc/self/fd/{net}", UPLINK]
         program = Program(
             argv=tuple(argv),
@@ -60,7 +69,7 @@ def _start(paths: NetworkPaths, holder: int, told: int) -> None:
             output=log.fileno(),
             folder=str(folder),
         )
-        spawn(program, helper_jail.for_uplink(binary, holder=holder, folder=folder))
+        spawn(program, helper_jail.for_uplink(binary, network_id=paths.run.name, holder=holder, folder=folder))
 
 
 async def published(paths: NetworkPaths) -> list[tuple[str, PortSpec]]:
