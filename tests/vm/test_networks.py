@@ -229,7 +229,7 @@ async def test_nat_leads_out_and_published_ports_lead_in(hosts: Factory) -> None
     await address_of(web)
     await web.sh(SERVE)
     assert b"served" in fetched(first)
-    await web.exec(["poweroff", "-f"])
+    await web.sh("(sleep 0.2; poweroff -f) >/dev/null 2>&1 &")
     await web.wait("stopped", timeout=60)
     with pytest.raises(OSError):
         fetched(first)

@@ -119,7 +119,8 @@ async def _mount(services: Services, vm: Vm, share: ShareSpec) -> None:
     files.make_folder(paths.logs)
     served = folder_server.serve(ServedFolder(path=share.host_path, read_only=share.read_only), log=paths.share_log)
     with served.link:
-        server = shares.Server(process=served.process, at=time.time())
+        folder = shares.folder_at(share.host_path) or (0, 0)
+        server = shares.Server(process=served.process, at=time.time(), folder=folder)
         files.write_atomically(paths.share(share.number), msgspec.json.encode(server))
         async with control(services, vm) as monitor:
             await _connect(monitor, share, served.link.fileno())
