@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from atoll.operations import merge
 from tests.helpers import leftovers
 from tests.helpers.images import adopt_cached
 from tests.helpers.machines import Factory
+from tests.helpers.root import small_file_system
 
 RESULTS = Path(__file__).parent.parent / "test-results"
 
@@ -54,15 +54,8 @@ def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.fixture
 def small_home(home: Path) -> Iterator[Path]:
     """The home on a file system of its own, which can be filled, and made read-only."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system takes root")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m,mode=755", "tmpfs", home], check=True)
-    try:
+    with small_file_system(home, size="600m"):
         yield home
-    finally:
-        subprocess.run(["mount", "-o", "remount,rw", home], check=True)
-        leftovers.end_processes_of(home)
-        subprocess.run(["umount", "--lazy", home], check=True)
 
 
 @pytest.fixture

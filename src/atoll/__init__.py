@@ -53,22 +53,24 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
-def connect(layout: "Layout | None" = None) -> "Host":
-    """This computer, to be used in a `with` block. `layout` says where its things are kept, if not as usual.
+def connect(where: "str | Layout | None" = None) -> "Host":
+    """A computer that runs VMs, to be used in a `with` block: this one, or `https://…`, where an agent serves.
 
-    Opening it settles what killed commands have left. Raises `RecordsFailed` when the records can't be opened.
+    On this one it goes through the agent if `atoll serve` runs, else it works in this process; a `Layout` says where
+    this one's things are kept, and is always used in this process. Opening it in this process settles what killed
+    commands have left. Raises `RecordsFailed` when the records can't be opened, `NetworkFailed`.
     """
     from atoll.platform.blocking import Host
-    from atoll.platform.local import LocalHost
+    from atoll.platform.places import open_host
 
-    return Host(LocalHost(layout))
+    return Host(open_host(where))
 
 
-def connect_async(layout: "Layout | None" = None) -> "AsyncHost":
+def connect_async(where: "str | Layout | None" = None) -> "AsyncHost":
     """As `connect`, for an `async with` block: the same names, awaited."""
-    from atoll.platform.local import LocalHost
+    from atoll.platform.places import open_host
 
-    return LocalHost(layout)
+    return open_host(where)
 
 
 def __getattr__(name: str) -> object:

@@ -281,6 +281,11 @@ class Layout:
         return self.cache / "packages"
 
     @property
+    def agent_socket(self) -> Path:
+        """Where this computer's agent listens for local commands, if one runs."""
+        return self.run / "agent.sock"
+
+    @property
     def wake(self) -> Path:
         """A file that is touched after each recorded event, so that followers can wait with inotify."""
         return self.run / "wake"

@@ -20,11 +20,20 @@ def processes_of(home: Path) -> dict[int, str]:
         with contextlib.suppress(OSError):
             argv = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             where = str((entry / "cwd").readlink())
-            # A helper with a root of its own has nothing else that tells.
-            owner = f"ATOLL_FOLDER={home}/".encode() in (entry / "environ").read_bytes()
-            if argv and (where.startswith(f"{home}/") or f"{home}/" in argv or owner):
+            if argv and (where.startswith(f"{home}/") or f"{home}/" in argv or _has_folder_in(home, entry)):
                 found[int(entry.name)] = argv[:120]
     return found
+
+
+def _has_folder_in(home: Path, entry: Path) -> bool:
+    """A program with a root of its own has nothing else that tells."""
+    try:
+        return f"ATOLL_FOLDER={home}/".encode() in (entry / "environ").read_bytes()
+    except PermissionError:
+        # It runs as a subordinate user, whose environment isn't this ordinary user's to read; its mounts are.
+        # proc_pid_mountinfo(5): the fourth field is what is mounted, within its file system.
+        mounts = (entry / "mountinfo").read_text().splitlines()
+        return any(f"/{home.name}/" in line.split()[3] for line in mounts)
 
 
 def end_processes_of(home: Path) -> dict[int, str]:
@@ -51,6 +60,8 @@ def _alive(pid: int) -> bool:
 
 def keep_logs(home: Path, where: Path) -> None:
     """Serial log, QMP events, QEMU's words and command line of each VM of a failed test."""
+    if not os.access(where.parent.parent, os.W_OK):
+        return  # Another user's checkout.
     for log in home.glob("data/**/log"):
         target = where / log.parent.name
         for name in KEPT:

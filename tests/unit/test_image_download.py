@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import hashlib
-import os
 import random
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests.helpers.root import small_file_system
 from tests.helpers.web import Site, serving
 
 from atoll.errors import DownloadFailed, ImageRefused, InvalidInput, StorageFailed
@@ -303,12 +303,5 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 70 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=70m", "none", folder], capture_output=True)
-    if mount.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {mount.stderr.decode().strip()}")
-    try:
+    with small_file_system(folder, size="70m"):
         yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)

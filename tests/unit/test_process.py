@@ -283,3 +283,15 @@ async def test_a_program_has_a_session_of_its_own_so_that_ctrl_c_is_ours() -> No
     finished = await run(python("import os; print(os.getpid(), os.getsid(0))"))
     pid, session = finished.text.split()
     assert pid == session
+
+
+async def test_a_cancel_at_any_moment_of_the_start_ends_all_of_it_at_once(tmp_path: Path) -> None:
+    written = tmp_path / "pids"
+    for moment in range(40):
+        task = asyncio.create_task(run(["sh", "-c", f"sleep 100 & echo $! >>{written}; wait"]))
+        await asyncio.sleep(moment / 4000)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, 4)
+    for line in written.read_text().split():
+        await gone(int(line))

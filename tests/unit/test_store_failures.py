@@ -235,9 +235,9 @@ def test_a_file_that_this_user_may_not_write_is_told(home: Path, others_read: bo
     path = home / "atoll.db"
     with opened(path) as records:
         records.add_vm(WEB)
+    content = path.read_bytes()
     path.chmod(0o444 if others_read else 0)
     home.chmod(0o555)
-    content = path.read_bytes()
     told = subprocess.run(
         [sys.executable, "-c", READER, str(ROOT), str(path)],
         check=True,
@@ -246,6 +246,7 @@ def test_a_file_that_this_user_may_not_write_is_told(home: Path, others_read: bo
         **({"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}),
     ).stdout
     home.chmod(0o755)
+    path.chmod(0o400)
     name, why, next_step = told.split(" | ")
     assert name == "RecordsFailed"
     assert "it can't be written" in why

@@ -14,6 +14,7 @@ import pytest
 from msgspec.structs import replace
 from tests.helpers import frames
 from tests.helpers.ports import free_port
+from tests.helpers.root import only_root
 
 from atoll.errors import AlreadyExists, EngineFailed, MissingTool, Unsupported
 from atoll.host import facts, frame_filter, helper_jail, kernel, process, user_network
@@ -216,7 +217,7 @@ def test_a_port_that_is_taken_keeps_it_from_starting_and_nothing_is_left(network
         user_network.publish(Path(network.control), port, restrict=False)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may have low ports")
+@only_root("a port below 1024 is taken")
 def test_root_publishes_low_ports(network: UserNetwork) -> None:
     port = PortSpec(host_port=1023, guest_port=80, host_address="127.0.0.7")
     with opened(replace(network, ports=(port,))):
@@ -316,9 +317,8 @@ def test_its_command_line(network: UserNetwork) -> None:
     assert words == ours.replace("--enable-ipv6", "--outbound-addr=240.0.0.1 --disable-dns").split()
 
 
+@only_root("it becomes another user; as an ordinary one the tests above are its own")
 def test_an_ordinary_user_s_is_as_tight(network: UserNetwork) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("the tests above are of an ordinary user already")
     folder, root = Path(network.link).parents[1], Path(__file__).parents[2]
     os.chown(folder, UNKNOWN_USER, UNKNOWN_USER)
     tests = "a_guest_reaches or restricted or ports_are_published or lifeline or root_of_its_own or datagrams"

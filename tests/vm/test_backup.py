@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import time
@@ -17,6 +16,7 @@ from msgspec.structs import replace
 from tests.helpers import leftovers, tool
 from tests.helpers.command import ATOLL, all_at_once, atoll
 from tests.helpers.machines import Factory
+from tests.helpers.root import small_file_system
 from tests.helpers.world import disagreements
 
 from atoll.errors import AlreadyExists, InvalidInput, NotFound, StorageFailed, Unsupported, WrongState
@@ -321,15 +321,9 @@ async def test_a_paused_vm_is_backed_up_and_a_suspended_one_is_refused(
 
 @pytest.fixture
 def small_folder(folder: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system takes root")
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=True)
-    try:
+    with small_file_system(folder, size="64m"):
         yield folder
-    finally:
-        subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 async def test_a_folder_that_is_full_or_read_only_is_told_and_stays_valid(factory: Factory, small_folder: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.helpers import leftovers
 from tests.helpers.command import ATOLL, atoll
 from tests.helpers.machines import Factory
+from tests.helpers.root import small_file_system
 from tests.helpers.world import disagreements
 
 from atoll.errors import AlreadyExists, AtollError, ImageRefused, InvalidInput, NotFound, StorageFailed
@@ -351,16 +351,10 @@ async def test_a_cancelled_export_or_import_leaves_nothing(factory: Factory, oth
 @pytest.fixture
 def mounted(home: Path) -> Iterator[Path]:
     """A folder on a small file system of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system takes root")
     folder = home / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m,mode=755", "tmpfs", folder], check=True)
-    try:
+    with small_file_system(folder, size="100m"):
         yield folder
-    finally:
-        leftovers.end_processes_of(folder)
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 async def test_a_full_disk_refuses_an_import_before_and_on_the_way_and_an_export(

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.helpers.machines import Factory
 from tests.helpers.ports import free_port
+from tests.helpers.root import small_file_system
 from tests.helpers.world import disagreements
 
 from atoll.errors import AlreadyExists, EngineFailed, InvalidInput, NotFound, WrongState
@@ -226,16 +226,12 @@ def small_shared_memory(layout: Layout) -> Iterator[Path]:
     """The folder for templates on a file system of its own that holds less than a guest's memory, and is thought to
     have room: as when others fill it meanwhile.
     """
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system takes root")
     layout.templates.mkdir(mode=0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", layout.templates], check=True)
     try:
-        with pytest.MonkeyPatch.context() as patch:
+        with small_file_system(layout.templates, size="8m", mode="700"), pytest.MonkeyPatch.context() as patch:
             patch.setattr(template, "RESERVE", -1000)
             yield layout.templates
     finally:
-        subprocess.run(["umount", "--lazy", layout.templates], check=True)
         layout.templates.rmdir()
 
 

@@ -10,6 +10,7 @@ import pytest
 from tests.helpers.machines import Factory
 from tests.helpers.person import USER, WITH_IDS, somebody, subordinate_of
 from tests.helpers.ports import free_port
+from tests.helpers.root import only_root
 
 from atoll.host import facts, namespace, slirp, user_network
 from atoll.host.helper_jail import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
@@ -21,7 +22,7 @@ from atoll.model.spec import PortSpec
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(os.geteuid() != 0, reason="other users' processes are looked at"),
+    only_root("other users' processes are looked at"),
 ]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.helpers.root import small_file_system
 from tests.helpers.web import Site, serving
 
 from atoll.errors import DownloadFailed, ImageRefused, InvalidInput, StorageFailed
@@ -217,21 +218,15 @@ async def test_an_image_that_a_vm_uses_is_not_read(raw: Path, tmp_path: Path) ->
 
 
 async def test_a_full_disk_is_told_and_can_be_cleared(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], check=False).returncode != 0:
-        pytest.skip("no file system can be mounted here")
-    try:
+    with small_file_system(folder, size="4m"):
         source = tmp_path / "disk.raw"
         source.write_bytes(bytes(510) + b"\x55\xaa" + os.urandom(16 << 20))
         with pytest.raises(StorageFailed, match="No space left on device"):
             await imported(source, folder)
         with pytest.raises(StorageFailed, match="No space left on device"):
             await imported(MEMTEST, folder)
-    finally:
-        run("umount", folder)
 
 
 async def test_an_imported_cd_boots_and_says_who_it_is(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ async def share_taken(vm: Machine, seconds: float = 3) -> float:
     return (processor_time(vm.pid) - before) / (time.monotonic() - began)
 
 
-@pytest.mark.skipif(not os.access("/sys/fs/cgroup/cpu", os.W_OK), reason="control groups of the first version, as root")
+@pytest.mark.skipif(not os.access("/sys/fs/cgroup/cpu", os.W_OK), reason="takes root: cgroups of the first version")
 async def test_a_busy_guest_takes_no_more_processors_time_than_it_may(factory: Factory) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB", cpu_limit=0.5)
     assert vm.record.run is not None and vm.record.run.isolation is not None

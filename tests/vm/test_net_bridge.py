@@ -1,7 +1,6 @@
 """Mode bridge, with real guests: a namespace of the test's plays a computer that has a bridge and a DHCP server."""
 
 import json
-import os
 import secrets
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.helpers.command import ATOLL, Ended
 from tests.helpers.images import adopt_cached
+from tests.helpers.root import need_root
 
 from atoll.layout import Layout
 
@@ -21,8 +21,7 @@ Run = Callable[..., Ended]
 @pytest.fixture
 def computer(tmp_path: Path) -> Iterator[Run]:
     """Runs a program on it."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may make bridges")
+    need_root("bridges and networks of mode bridge are made")
     name = f"atoll-test-{secrets.token_hex(4)}"
 
     def run(*words: str | Path, text: str = "") -> Ended:

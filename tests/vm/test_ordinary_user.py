@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.helpers.person import ATOLL, STRANGER, USER, WITH_IDS, Person, somebody, subordinate_of
+from tests.helpers import leftovers
+from tests.helpers.person import ATOLL, STRANGER, USER, WITH_IDS, Person, somebody, subordinate_ids, subordinate_of
 from tests.helpers.ports import free_port
 
 from atoll.host import process
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
+CHECKOUT = Path(__file__).parents[2]
 MANY_THREADS = "import threading; e = threading.Event(); [threading.Thread(target=e.wait).start() for _ in range(400)]"
 """What a desktop has, and more than a VM may have."""
+BROAD = ("unit", "vm/test_verbs_life.py", "vm/test_networks.py", "vm/test_history.py", "vm/test_shares.py")
+"""What of the suite is run as an ordinary user too, each time that all of it is run."""
 
 
 @pytest.fixture
@@ -158,3 +162,15 @@ def test_who_can_t_give_vms_users_of_their_own_runs_them_as_himself_and_is_told(
         person.atoll("set", "v", "--isolation", "standard")
         person.atoll("start", "v", "--wait")
         person.atoll("rm", "--force", "v")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_a_broad_part_of_the_suite_passes_without_root() -> None:
+    with somebody(WITH_IDS if subordinate_ids(WITH_IDS) else USER) as person:
+        words = ["-m", "pytest", "-q", "-n2", "--dist=loadscope", "-m", "not slow", "-p", "no:cacheprovider"]
+        words += [f"tests/{each}" for each in BROAD]
+        settings = (f"TMPDIR={person.home}", "PYTHONDONTWRITEBYTECODE=1")
+        done = person.run("env", "-C", CHECKOUT, *settings, sys.executable, *words, timeout=1200)
+        assert done.returncode == 0, done.stdout.decode()[-20000:] + done.stderr.decode()
+        assert not leftovers.processes_of(person.home)

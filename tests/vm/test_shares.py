@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.helpers import leftovers
 from tests.helpers.machines import Factory, Machine
+from tests.helpers.root import only_root
 
 from atoll.errors import AlreadyExists, AtollError, InvalidInput, NotFound, Unsupported
 from atoll.host import facts
@@ -231,11 +232,10 @@ def places() -> Iterator[list[Path]]:
         subprocess.run(["rm", "-rf", place], check=True)
 
 
+@only_root("it becomes other users")
 @pytest.mark.parametrize("access", ["rw", "ro"])
 @pytest.mark.parametrize("who", ["root", "user", "user without namespaces"])
 def test_a_guest_that_speaks_for_itself_stays_in_the_folder(who: str, access: str, places: list[Path]) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
     # Without a root of its own the server asks the computer who it is.
     owner = {"root": 0, "user": USER, "user without namespaces": NOBODY}[who]
     place = Path("/tmp") / f"atoll-test-shared-{os.getpid()}"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.helpers.machines import Factory, Machine
 
+from atoll.host import process
 from atoll.model.requests import ImportRequest
 from atoll.model.state import Phase
 
@@ -27,8 +28,8 @@ GRUB_SETTINGS = "serial --unit=0 --speed=115200\nterminal_input serial at_keyboa
 GRUB_MODULES = ("biosdisk", "serial", "terminal", "at_keyboard", "echo", "normal", "minicmd")
 
 
-def run(*argv: str | Path) -> None:
-    subprocess.run(argv, check=True, capture_output=True)
+def run(program: str, *words: str | Path) -> None:
+    subprocess.run([process.find(program), *words], check=True, capture_output=True)
 
 
 def grub_disk(folder: Path) -> Path:

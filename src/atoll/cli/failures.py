@@ -24,6 +24,8 @@ class Settings:
     """What a command line has set so far; the context's `obj`."""
 
     format: Format = "table"
+    host: str | None = None
+    """Whose VMs are meant; None for this computer's."""
     own_failure: int | None = None
     """Set by commands whose exit code is that of a program in the guest."""
 

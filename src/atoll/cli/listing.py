@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from atoll.cli.failures import Format, note
+from atoll.cli.failures import Format, note, settings
 from atoll.cli.options import VM, parse_pairs
 from atoll.cli.output import age, emit, format_option, moment, print_description, print_table
 from atoll.model.state import Phase
@@ -31,12 +31,8 @@ def ls_command(quiet: bool, state: str | None, labels: tuple[str, ...], format: 
       atoll ls --state running --format json
       atoll rm --force $(atoll ls --quiet --label tier=test)
     """
-    from atoll.platform.local import list_now
-
     wanted = parse_pairs(labels, option="--label").items()
-    vms, notices = list_now()
-    for told in notices:
-        note(told)
+    vms = _all_vms()
     vms = [each for each in vms if state in (None, each.phase) and wanted <= each.vm.labels.items()]
     if quiet:
         for each in vms:
@@ -45,6 +41,19 @@ def ls_command(quiet: bool, state: str | None, labels: tuple[str, ...], format: 
         emit(vms, format)
     else:
         print_table(("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "PORTS", "CREATED"), [_row(each) for each in vms])
+
+
+def _all_vms() -> list[VmInfo]:
+    if settings().host is not None:
+        from atoll.cli.session import perform
+
+        return perform(lambda host: host.ls(), cancelled="")
+    from atoll.platform.local import list_now
+
+    vms, notices = list_now()
+    for told in notices:
+        note(told)
+    return vms
 
 
 def _row(info: VmInfo) -> tuple[str, ...]:

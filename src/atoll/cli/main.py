@@ -64,6 +64,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "Backups": {"backup": "backup"},
     "Images": {"image": "image"},
     "This computer": {
+        "serve": "serve",
         "events": "journal",
         "operation": "journal",
         "doctor": "system",
@@ -177,7 +178,11 @@ Examples:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, "--version", message="atoll %(version)s")
-def cli() -> None:
+@click.option(
+    "--host", "-H", metavar="HOST", envvar="ATOLL_HOST", help="Another computer, where `atoll serve` runs: https://…."
+)
+@click.pass_obj
+def cli(found: Settings, host: str | None) -> None:
     """Run many operating systems side by side.
 
     A VM is named by its name, its id, or the beginning of either. `atoll COMMAND --help` has examples.
@@ -186,6 +191,7 @@ def cli() -> None:
     8 timed out, 9 stuck, 130 cancelled. `exec` and `run -- CMD` end with the command's own code, with 125 if Atoll
     itself failed.
     """
+    found.host = host
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A file name or a serial line may have bytes that the terminal's encoding lacks.

@@ -30,7 +30,7 @@ def perform(action: Callable[[AsyncHost], Awaitable[R]], *, cancelled: str = UND
 
 async def _perform(action: Callable[[AsyncHost], Awaitable[R]], cancelled: str) -> R:
     with interruptible(cancelled):
-        async with atoll.connect_async() as host:
+        async with atoll.connect_async(settings().host) as host:
             for told in host.notices():
                 note(told)
             return await action(host)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from atoll.errors import MissingTool, ProcessFailed
 
@@ -95,8 +96,8 @@ async def run(
     """
     words = [find(str(argv[0])), *(str(word) for word in argv[1:])]
     try:
-        process = await asyncio.create_subprocess_exec(
-            *words,
+        process = await _started(
+            words,
             stdin=stdin if isinstance(stdin, int) else DEVNULL if stdin is None else PIPE,
             stdout=PIPE,
             stderr=PIPE,
@@ -135,6 +136,18 @@ def failure(
 
 def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+async def _started(words: Sequence[str], **options: Any) -> asyncio.subprocess.Process:
+    """A start is never broken off half-way: asyncio would end the program, then wait for its children."""
+    starting = asyncio.ensure_future(asyncio.create_subprocess_exec(*words, **options))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            async with _ended_with_us(await starting):
+                raise
+        raise
 
 
 @contextlib.asynccontextmanager

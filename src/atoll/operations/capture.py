@@ -120,7 +120,7 @@ async def _cut_live(context: Context[Any], vm: Vm, wanted: Cut) -> None:
             if not live and not runs:
                 raise Unsupported(
                     f"{vm.name}: the memory of a paused VM can't be saved here",
-                    "this kernel doesn't let QEMU track writes (userfaultfd)",
+                    "QEMU can't track its writes: this kernel has no userfaultfd, or /dev/userfaultfd is root's",
                     f"Let it go on first: `atoll resume {vm.name}`; or use --disk-only.",
                 )
             await jobs.switch_on(monitor, jobs.LIVE_MEMORY if live else jobs.WHOLE_MEMORY)

@@ -195,7 +195,10 @@ def _sub_ids() -> Check:
 
 def _tried_ids(name: str) -> Check:
     ids = own_ids("0" * 8)
-    refused = users_refused(ids) if ids is not None and usable_namespaces().usable else ""
+    try:
+        refused = users_refused(ids) if ids is not None and usable_namespaces().usable else ""
+    except AtollError as error:
+        refused = str(error)
     if not refused:
         return Check(name=name, ok="ok", found="in /etc/subuid and /etc/subgid")
     meaning = "this user's VMs run as itself"

@@ -7,18 +7,18 @@ are left out.
 
 import posixpath
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from atoll.errors import AtollError, GuestFailed, InvalidInput, NotFound, StorageFailed, from_os_error
-from atoll.layout import VmPaths
 from atoll.model.operation import Progress
 from atoll.model.vm import ExecRequest, ExecResult
-from atoll.operations.guest_exec import execute
 from atoll.operations.guest_slot import SH
 from atoll.operations.guest_tar import Extraction, archive, total_size
 
 Report = Callable[[Progress], None]
+Execute = Callable[..., Awaitable[ExecResult]]
+"""Runs a command in the guest: `guest_exec.execute` without its first two arguments, here or over there."""
 
 MISSING, NOT_A_FOLDER, NO_TAR = 44, 45, 46
 
@@ -61,7 +61,7 @@ cd "${parent:-/}" && exec tar -cf - "./${1##*/}"
 """
 
 
-async def copy_to(paths: VmPaths, name: str, source: Path, destination: str, *, report: Report | None = None) -> None:
+async def copy_to(execute: Execute, name: str, source: Path, destination: str, *, report: Report | None = None) -> None:
     """Copy a file or folder of the host into the guest. `destination` is an absolute path there.
 
     A single file appears whole or not at all. Raises `NotFound`, `InvalidInput`, `StorageFailed`, `GuestFailed`.
@@ -88,11 +88,13 @@ async def copy_to(paths: VmPaths, name: str, source: Path, destination: str, *, 
             if report:
                 report(Progress(step="copy", done=min(done, total), total=total, unit="bytes"))
 
-    result = await execute(paths, name, request, stdin=content())
+    result = await execute(request, stdin=content())
     _examine(result, what, missing=f"the folder of {destination} isn't in the guest")
 
 
-async def copy_from(paths: VmPaths, name: str, source: str, destination: Path, *, report: Report | None = None) -> None:
+async def copy_from(
+    execute: Execute, name: str, source: str, destination: Path, *, report: Report | None = None
+) -> None:
     """Copy a file or folder of the guest to the host. `source` is an absolute path there.
 
     Whatever the guest sends, nothing is written outside the destination; it appears when all of it has come. Raises
@@ -107,7 +109,7 @@ async def copy_from(paths: VmPaths, name: str, source: str, destination: Path, *
     extraction = Extraction(target, report=report)
     try:
         request = ExecRequest(argv=(SH, "-c", _GET, "sh", source))
-        result = await execute(paths, name, request, on_stdout=extraction.feed, drain=extraction.drain)
+        result = await execute(request, on_stdout=extraction.feed, drain=extraction.drain)
         _examine(result, what, missing=f"there is no {source} in the guest")
         await extraction.finish()
     except OSError as error:

@@ -3,7 +3,7 @@
 `platform/local.py` does it in this process. `platform/blocking.py` has the same names without `await`.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
@@ -37,7 +37,7 @@ from atoll.platform.copies import AsyncCopies
 Report = Callable[[Progress], None]
 BundleFile = str | PathLike[str] | BinaryIO
 ByteSink = Callable[[bytes], None]
-ByteSource = Callable[[], "AsyncIterator[bytes]"]
+Drain = Callable[[], Awaitable[None]]
 
 
 class Terminal(Protocol):

@@ -2,8 +2,9 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from msgspec.structs import replace
 
@@ -25,8 +26,11 @@ from atoll.model.spec import DiskSpec, NicSpec, PortSpec
 from atoll.model.state import require
 from atoll.model.vm import Change, ExecRequest, ExecResult, ShareInfo, Stats, Vm, VmInfo
 from atoll.operations.services import Services
-from atoll.platform.api import AsyncVm, BundleFile, ByteSink, Report, Terminal
+from atoll.platform.api import AsyncVm, BundleFile, ByteSink, Drain, Report, Terminal
 from atoll.platform.copies import AsyncCopies
+
+if TYPE_CHECKING:
+    from atoll.operations.guest_copy import Execute
 
 # Operations are imported where they are used, so that a command pays only for what it does.
 
@@ -171,7 +175,9 @@ class LocalVm:
         stdin: bytes | AsyncIterator[bytes] | None = None,
         on_stdout: ByteSink | None = None,
         on_stderr: ByteSink | None = None,
+        drain: Drain | None = None,
     ) -> ExecResult:
+        """`drain` is awaited after each piece of output, and the guest waits meanwhile."""
         from atoll.operations.guest_exec import execute
 
         request = command if isinstance(command, ExecRequest) else ExecRequest(argv=tuple(command))
@@ -180,7 +186,9 @@ class LocalVm:
         vm = self._with_agent()
         await self._mount_again()
         paths = self._services.layout.vm(vm.id)
-        return await execute(paths, vm.name, request, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr)
+        return await execute(
+            paths, vm.name, request, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr, drain=drain
+        )
 
     async def shell(self, command: Sequence[str] = (), *, user: str | None = None) -> Terminal:
         from atoll.operations.guest_shell import open_shell
@@ -199,14 +207,19 @@ class LocalVm:
     async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
         from atoll.operations.guest_copy import copy_to
 
-        vm = self._with_agent()
-        await copy_to(self._services.layout.vm(vm.id), vm.name, source, destination, report=report)
+        await copy_to(self._in_guest(), self._name, source, destination, report=report)
 
     async def copy_from(self, source: str, destination: Path, *, report: Report | None = None) -> None:
         from atoll.operations.guest_copy import copy_from
 
+        await copy_from(self._in_guest(), self._name, source, destination, report=report)
+
+    def _in_guest(self) -> "Execute":
+        """What runs a command in it."""
+        from atoll.operations.guest_exec import execute
+
         vm = self._with_agent()
-        await copy_from(self._services.layout.vm(vm.id), vm.name, source, destination, report=report)
+        return partial(execute, self._services.layout.vm(vm.id), vm.name)
 
     def logs(
         self,

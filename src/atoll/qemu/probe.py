@@ -62,7 +62,7 @@ async def probe(binary: Path) -> Capabilities:
     """Ask the binary. Raises `EngineFailed` when it doesn't run, `Unsupported` when it is too old."""
     ours, theirs = socket.socketpair()
     try:
-        process = await asyncio.create_subprocess_exec(
+        process = await _started(
             binary, "-nodefaults", "-no-user-config", "-machine", "none", "-display", "none",
             "-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control",
             pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
@@ -96,6 +96,17 @@ async def probe(binary: Path) -> Capabilities:
             "Install a newer QEMU (on Debian 12 from the backports suite: `./dev setup`).",
         )
     return capabilities
+
+
+async def _started(binary: Path, *words: str, **options: Any) -> asyncio.subprocess.Process:
+    """A start that is cancelled half-way would leave what a script has started."""
+    starting = asyncio.ensure_future(asyncio.create_subprocess_exec(binary, *words, **options))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            await _end(await starting)
+        raise
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -1,0 +1,119 @@
+"""The HTTP API: `platform/routes.py` as Litestar handlers, the tasks, the events, and the OpenAPI document."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import msgspec
+from litestar import Litestar, Request, get, post
+from litestar.exceptions import HTTPException
+from litestar.handlers import HTTPRouteHandler
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.params import Parameter
+from litestar.response import ServerSentEvent, ServerSentEventMessage
+
+from atoll import __version__
+from atoll.agent import problems
+from atoll.agent.bytes import byte_handlers
+from atoll.agent.handlers import Agent, handler_of, principal_of
+from atoll.agent.streams import stream_handlers
+from atoll.errors import AtollError
+from atoll.model.task import Task
+from atoll.model.vm import Event
+from atoll.platform import routes
+
+LARGEST_BODY = 1 << 20
+"""Bytes of a JSON request; files travel otherwise."""
+
+
+def make_app(agent: Agent) -> Litestar:
+    """The application."""
+    handlers = [handler_of(call, agent) for call in routes.CALLS]
+    return Litestar(
+        [*handlers, *_task_handlers(agent), *_event_handlers(agent), *byte_handlers(agent), *stream_handlers(agent)],
+        openapi_config=OpenAPIConfig(
+            title="Atoll",
+            version=__version__,
+            path="/v1/schema",
+            description="Virtual machines of this computer.",
+            render_plugins=[JsonRenderPlugin()],
+        ),
+        exception_handlers={
+            AtollError: problems.on_atoll_error,
+            HTTPException: problems.on_http_exception,
+            Exception: problems.on_anything,
+        },
+        request_max_body_size=LARGEST_BODY,
+        logging_config=None,
+    )
+
+
+def _task_handlers(agent: Agent) -> list[HTTPRouteHandler]:
+    @get("/v1/tasks", tags=["tasks"], operation_id="tasks_ls")
+    async def ls() -> list[Task]:
+        """Requests that changed something, the newest first."""
+        return agent.tasks.ls()
+
+    @get("/v1/tasks/{task:str}", tags=["tasks"], operation_id="tasks_show")
+    async def show(
+        request: Request,  # type: ignore[type-arg]
+        task: str,
+        wait: Annotated[float, Parameter(ge=0, le=300, description="seconds to wait for its end")] = 0.0,
+    ) -> Task:
+        """One, by its id or its idempotency key."""
+        return await agent.tasks.ended(task, principal=principal_of(request), seconds=wait)
+
+    @post("/v1/tasks/{task:str}/cancel", status_code=202, tags=["tasks"], operation_id="tasks_cancel")
+    async def cancel(request: Request, task: str) -> Task:  # type: ignore[type-arg]
+        """Ask it to undo what it did."""
+        return agent.tasks.cancel(task, principal=principal_of(request))
+
+    @get("/v1/tasks/{task:str}/events", tags=["tasks"], operation_id="tasks_follow")
+    async def follow(request: Request, task: str) -> ServerSentEvent:  # type: ignore[type-arg]
+        """Server-sent events: the task at each change, until it has ended."""
+        agent.tasks.show(task, principal=principal_of(request))
+
+        async def stream() -> AsyncIterator[ServerSentEventMessage]:
+            async with contextlib.aclosing(agent.tasks.follow(task, principal=principal_of(request))) as states:
+                async for state in states:
+                    yield ServerSentEventMessage(data=msgspec.json.encode(state).decode(), event="task")
+
+        return ServerSentEvent(stream())
+
+    return [ls, show, cancel, follow]
+
+
+def _event_handlers(agent: Agent) -> list[HTTPRouteHandler]:
+    @get("/v1/events", tags=["events"], operation_id="events_follow")
+    async def follow(
+        request: Request,  # type: ignore[type-arg]
+        after: Annotated[int | None, Parameter(ge=0, description="the last event that is known already")] = None,
+    ) -> ServerSentEvent:
+        """Server-sent events: what happens. `Last-Event-ID` goes on where a connection was lost."""
+        last = request.headers.get("last-event-id", "")
+        known = int(last) if last.isdecimal() else after
+
+        async def stream() -> AsyncIterator[ServerSentEventMessage]:
+            async with contextlib.aclosing(agent.host.events(follow=True, after=known)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    yield ServerSentEventMessage(
+                        data=msgspec.json.encode(event).decode(), id=event.id, event=event.kind
+                    )
+
+        return ServerSentEvent(stream())
+
+    @get("/v1/events/past", tags=["events"], operation_id="events_ls")
+    async def ls(
+        after: Annotated[int, Parameter(ge=0)] = 0, limit: Annotated[int, Parameter(ge=1, le=1000)] = 1000
+    ) -> list[Event]:
+        """What happened, oldest first."""
+        found: list[Event] = []
+        async with contextlib.aclosing(agent.host.events(follow=False, after=after)) as events:  # type: ignore[type-var]
+            async for event in events:
+                found.append(event)
+                if len(found) == limit:
+                    break
+        return found
+
+    return [follow, ls]

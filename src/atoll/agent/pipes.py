@@ -1,0 +1,48 @@
+"""Between functions that want a file, in a thread, and streams of the network: a pipe, so that neither runs ahead."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import BinaryIO, TypeVar
+
+R = TypeVar("R")
+_PIECE = 1 << 18
+
+
+async def read_while_written(write: Callable[[BinaryIO], Awaitable[None]]) -> AsyncIterator[bytes]:
+    """What `write` writes into the file that it is given, as it comes. Raises what it raises."""
+    reading, writing = os.pipe()
+
+    async def work() -> None:
+        with os.fdopen(writing, "wb", buffering=0) as file:
+            await write(file)
+
+    working = asyncio.create_task(work())
+    try:
+        with os.fdopen(reading, "rb", buffering=0) as file:
+            while piece := await asyncio.to_thread(file.read, _PIECE):
+                yield piece
+        await working
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+
+async def written_while_read(pieces: AsyncIterator[bytes], read: Callable[[BinaryIO], Awaitable[R]]) -> R:
+    """What `read` makes of the pieces, which it finds in the file that it is given."""
+    reading, writing = os.pipe()
+
+    async def work() -> None:
+        with os.fdopen(writing, "wb", buffering=0) as file:
+            async for piece in pieces:
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[await asyncio.to_thread(file.write, rest) :]
+
+    working = asyncio.create_task(work())
+    try:
+        with os.fdopen(reading, "rb", buffering=0) as file:
+            return await read(file)
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)

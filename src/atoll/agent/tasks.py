@@ -1,0 +1,153 @@
+"""Requests at work: each runs on when its client goes, tells its progress, and can be cancelled."""
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from atoll.agent.problems import problem_of
+from atoll.errors import Cancelled, InvalidInput, NotFound, WrongState
+from atoll.model.names import new_id
+from atoll.model.operation import Progress
+from atoll.model.task import Task
+
+KEPT = 1000
+"""How many that have ended can still be asked for."""
+
+Work = Callable[[Callable[[Progress], None]], Awaitable[Any]]
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """A request, as far as the list of tasks is concerned."""
+
+    call: str
+    subject: str
+    principal: str
+    """Who asks."""
+    key: str | None
+    """The client's idempotency key: the same one again is the same request."""
+    digest: str
+    """Of all that is asked, so that a key isn't used for two things."""
+
+
+class _Entry:
+    def __init__(self, wanted: Wanted, task: Task) -> None:
+        self.wanted = wanted
+        self.task = task
+        self.work: asyncio.Task[None] | None = None
+        self.changed = asyncio.Event()
+
+    def change(self, **changes: Any) -> None:
+        self.task = replace(self.task, **changes)
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Tasks:
+    """All requests that change something, since the agent began."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._by_key: dict[tuple[str, str], str] = {}
+
+    def begin(self, wanted: Wanted, work: Work) -> Task:
+        """Start it, or find the one that the same key began. Raises `InvalidInput` for a key with another request."""
+        if wanted.key is not None and (known := self._by_key.get((wanted.principal, wanted.key))):
+            entry = self._entries[known]
+            if entry.wanted.digest != wanted.digest:
+                raise InvalidInput(
+                    f"the idempotency key {wanted.key!r} was used for another request",
+                    next_step="Make a new key for each request; repeat one only with what it was used for.",
+                )
+            return entry.task
+        task = Task(id=new_id(), call=wanted.call, subject=wanted.subject, state="running", created_at=time.time())
+        entry = _Entry(wanted, task)
+        self._entries[task.id] = entry
+        if wanted.key is not None:
+            self._by_key[wanted.principal, wanted.key] = task.id
+        entry.work = asyncio.create_task(self._run(entry, work))
+        self._drop_oldest()
+        return task
+
+    async def _run(self, entry: _Entry, work: Work) -> None:
+        try:
+            result = await work(lambda progress: entry.change(progress=progress))
+        except (asyncio.CancelledError, Cancelled) as error:
+            told = error if isinstance(error, Cancelled) else Cancelled("the request was cancelled", "it was undone")
+            entry.change(state="cancelled", error=problem_of(told), finished_at=time.time())
+        except Exception as error:
+            entry.change(state="failed", error=problem_of(error), finished_at=time.time())
+        else:
+            entry.change(state="done", result=result, finished_at=time.time())
+
+    def _drop_oldest(self) -> None:
+        ended = [each for each in self._entries.values() if each.task.state != "running"]
+        for entry in ended[: max(0, len(ended) - KEPT)]:
+            del self._entries[entry.task.id]
+            if entry.wanted.key is not None:
+                self._by_key.pop((entry.wanted.principal, entry.wanted.key), None)
+
+    def ls(self, principal: str | None = None) -> list[Task]:
+        """The newest first."""
+        return [
+            each.task
+            for each in reversed(self._entries.values())
+            if principal is None or each.wanted.principal == principal
+        ]
+
+    def _entry(self, reference: str, principal: str) -> _Entry:
+        found = self._entries.get(self._by_key.get((principal, reference), reference))
+        if found is None:
+            raise NotFound(
+                f"there is no task {reference!r}",
+                f"only the last {KEPT} that ended are kept",
+                "`GET /v1/operations` has the journal.",
+            )
+        return found
+
+    def show(self, reference: str, *, principal: str) -> Task:
+        """By its id, or by the idempotency key that the same principal gave it."""
+        return self._entry(reference, principal).task
+
+    async def ended(self, reference: str, *, principal: str, seconds: float) -> Task:
+        """The task when it has ended, or as it is after `seconds`."""
+        entry = self._entry(reference, principal)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while entry.task.state == "running":
+                    await entry.changed.wait()
+        return entry.task
+
+    async def follow(self, reference: str, *, principal: str) -> AsyncGenerator[Task, None]:
+        """As it is now, and at each change until it has ended."""
+        entry = self._entry(reference, principal)
+        while True:
+            seen, changed = entry.task, entry.changed
+            yield seen
+            if seen.state != "running":
+                return
+            if seen is entry.task:
+                await changed.wait()
+
+    def cancel(self, reference: str, *, principal: str) -> Task:
+        """Ask it to undo what it did; it has ended when its state says so. Raises `WrongState` after its end."""
+        entry = self._entry(reference, principal)
+        if entry.task.state != "running" or entry.work is None:
+            raise WrongState(f"the task {entry.task.id} has ended", f"it is {entry.task.state}")
+        if not entry.task.cancel_requested:
+            entry.change(cancel_requested=True)
+            entry.work.cancel()
+        return entry.task
+
+    async def close(self, seconds: float) -> None:
+        """Cancel what runs, and wait until it is undone, so long."""
+        running = [each.work for each in self._entries.values() if each.work is not None and not each.work.done()]
+        for work in running:
+            work.cancel()
+        if running:
+            await asyncio.wait(running, timeout=seconds)

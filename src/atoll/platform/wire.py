@@ -1,0 +1,220 @@
+"""HTTP to an agent: requests, tasks with their progress, streams, and errors that are what they were over there."""
+
+import asyncio
+import contextlib
+import ssl
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import httpcore
+import msgspec
+
+from atoll import errors
+from atoll.errors import AtollError, NetworkFailed
+from atoll.host.sockets import address_of
+from atoll.model.task import Problem, Task
+from atoll.platform import lenient, routes
+from atoll.platform.api import Report
+from atoll.platform.routes import Call
+
+WAIT = 60
+"""Seconds that a request may wait for the end of a call before it asks again."""
+CANCEL_TIMEOUT = 120.0
+_CONNECT = {"connect": 10.0, "read": WAIT + 30.0, "write": 60.0, "pool": None}
+_STREAM = {"connect": 10.0, "read": None, "write": None, "pool": None}
+
+_KINDS: dict[str, type[AtollError]] = {
+    each.code: each
+    for each in vars(errors).values()
+    if isinstance(each, type) and issubclass(each, AtollError) and each is not errors.DisksChanged
+}
+
+
+def error_of(problem: Problem) -> AtollError:
+    """The error that the other side raised."""
+    return _KINDS.get(problem.code, AtollError)(problem.what, problem.why, problem.next_step)
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an agent listens."""
+
+    url: str
+    """`https://host:port`; for a socket only its `http://atoll`."""
+    socket: str | None = None
+    token: str | None = None
+    tls: ssl.SSLContext | None = None
+
+    @property
+    def shown(self) -> str:
+        return self.socket or self.url
+
+
+class Wire:
+    """Connections to one agent, opened when they are needed and kept."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._held = contextlib.ExitStack()
+        # The address of a socket is short, its path may not be.
+        self.socket = self._held.enter_context(address_of(Path(place.socket))) if place.socket is not None else None
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=place.tls, uds=self.socket, max_connections=100, keepalive_expiry=30.0
+        )
+
+    async def close(self) -> None:
+        await self._pool.aclose()
+        self._held.close()
+
+    @contextlib.asynccontextmanager
+    async def request(
+        self,
+        http: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        content: bytes | AsyncIterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+        endless: bool = False,
+    ) -> AsyncIterator[httpcore.Response]:
+        """One request; its answer's body is still to be read. Raises what the answer says, or `NetworkFailed`."""
+        target = f"{self.place.url}{path}"
+        if query:
+            target += "?" + urlencode({key: _as_text(value) for key, value in query.items() if value is not None})
+        sent = {"User-Agent": "atoll", **(headers or {})}
+        if self.place.token is not None:
+            sent["Authorization"] = f"Bearer {self.place.token}"
+        if isinstance(content, bytes):
+            sent.setdefault("Content-Type", "application/json")
+        extensions = {"timeout": _STREAM if endless else _CONNECT}
+        try:
+            async with self._pool.stream(
+                http, target, headers=list(sent.items()), content=content, extensions=extensions
+            ) as response:
+                if response.status >= 400:
+                    raise refused(response.status, await response.aread())
+                yield response
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
+            raise NetworkFailed(
+                f"the agent at {self.place.shown} can't be reached",
+                str(error) or type(error).__name__,
+                "See whether `atoll serve` runs there, and whether the address is right.",
+            ) from error
+
+    async def get(self, path: str, kind: Any, *, query: Mapping[str, Any] | None = None) -> Any:
+        async with self.request("GET", path, query=query) as response:
+            return decoded(await response.aread(), kind)
+
+    async def call(self, call: Call, receiver: str | None, given: Mapping[str, Any], report: Report | None) -> Any:
+        """Do what a method of the façade does, over there. Cancelling it cancels it there, and waits for the undo."""
+        path, query, content = _asked(call, receiver, given)
+        if not call.changes:
+            return await self.get(path, routes.result(call), query=query)
+        key = uuid.uuid4().hex
+        try:
+            return await self._change(call, path, query=query, content=content, key=key, report=report)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._cancel(key))
+            raise
+
+    async def _change(
+        self,
+        call: Call,
+        path: str,
+        *,
+        query: Mapping[str, Any],
+        content: bytes | None,
+        key: str,
+        report: Report | None,
+    ) -> Any:
+        prefer = f"wait={WAIT}" if report is None else "respond-async"
+        headers = {"Idempotency-Key": key, "Prefer": prefer}
+        async with self.request(call.http, path, query=query, content=content, headers=headers) as response:
+            said = await response.aread()
+        if response.status != 202:
+            return decoded(said, routes.result(call))
+        task = decoded(said, Task)
+        if report is not None:
+            task = await self._reported(task, report)
+        while task.state == "running":
+            task = await self.get(f"{routes.VERSION}/tasks/{task.id}", Task, query={"wait": WAIT})
+        if task.error is not None:
+            raise error_of(task.error)
+        return lenient.convert(task.result, routes.result(call))
+
+    async def _reported(self, task: Task, report: Report) -> Task:
+        """Tell the progress as it comes; the task as it was last told."""
+        async for _, data in self.events(f"{routes.VERSION}/tasks/{task.id}/events"):
+            task = decoded(data, Task)
+            if task.progress is not None:
+                report(task.progress)
+        return task
+
+    async def _cancel(self, key: str) -> None:
+        """Cancel what was begun with this key, and wait until it is undone; it may have ended already."""
+        with contextlib.suppress(AtollError, TimeoutError):
+            async with asyncio.timeout(CANCEL_TIMEOUT):
+                async with self.request("POST", f"{routes.VERSION}/tasks/{key}/cancel"):
+                    pass
+                while (await self.get(f"{routes.VERSION}/tasks/{key}", Task, query={"wait": WAIT})).state == "running":
+                    pass
+
+    async def events(self, path: str, *, query: Mapping[str, Any] | None = None) -> AsyncIterator[tuple[str, bytes]]:
+        """Server-sent events: the id and the data of each, until the other side ends the stream."""
+        async with self.request("GET", path, query=query, endless=True) as response:
+            number, data, rest = "", b"", b""
+            async for piece in response.aiter_stream():
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    name, _, value = line.rstrip(b"\r").partition(b":")
+                    if name == b"id":
+                        number = value.strip().decode()
+                    elif name == b"data":
+                        data += value.strip()
+                    elif not name and data:
+                        yield number, data
+                        data = b""
+
+    async def bytes_of(self, path: str, *, query: Mapping[str, Any] | None = None) -> AsyncIterator[bytes]:
+        """An answer's body as it comes."""
+        async with self.request("GET", path, query=query, endless=True) as response:
+            async for piece in response.aiter_stream():
+                yield piece
+
+
+def _asked(call: Call, receiver: str | None, given: Mapping[str, Any]) -> tuple[str, dict[str, Any], bytes | None]:
+    """Path, query and body of a call."""
+    path = routes.VERSION + call.path.replace("{vm}", quote(receiver or "", safe=""))
+    for each in routes.in_path(call):
+        path = path.replace(f"{{{each.name}}}", quote(str(given[each.name]), safe=""))
+    query = {each.name: given[each.name] for each in routes.in_query(call) if each.name in given}
+    kind = routes.body(call)
+    if kind is None:
+        return path, query, None
+    rest = {name: value for name, value in given.items() if f"{{{name}}}" not in call.path}
+    whole = next(iter(rest.values()), None) if routes.is_whole_body(call) else rest
+    return path, query, msgspec.json.encode(whole, enc_hook=str)
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def refused(status: int, body: bytes) -> AtollError:
+    try:
+        return error_of(msgspec.json.decode(body, type=Problem))
+    except msgspec.DecodeError:
+        said = body[:200].decode(errors="replace")
+        return NetworkFailed("the agent's answer can't be read", f"HTTP {status}: {said}", "Is it an agent of Atoll's?")
+
+
+def decoded(body: bytes, kind: Any) -> Any:
+    """An answer as the type that it has."""
+    try:
+        return lenient.decode(body, kind) if kind is not None and kind is not type(None) else None
+    except msgspec.DecodeError as error:
+        raise NetworkFailed(
+            "the agent's answer can't be read", str(error), "Use the same version of Atoll on both sides."
+        ) from error
