@@ -305,6 +305,11 @@ class Layout:
         return self.data / "audit.jsonl"
 
     @property
+    def refused(self) -> Path:
+        """The part of that which strangers can fill: requests of who showed nothing good."""
+        return self.data / "refused.jsonl"
+
+    @property
     def wake(self) -> Path:
         """A file that is touched after each recorded event, so that followers can wait with inotify."""
         return self.run / "wake"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import msgspec
 import pytest
 from litestar.handlers import WebsocketRouteHandler
 from litestar.routes import HTTPRoute
+from msgspec.structs import replace
 from tests.helpers.agents import remote_agent, trusting
 from tests.helpers.command import atoll
 from websockets.asyncio.client import connect
@@ -22,8 +24,10 @@ from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
 from atoll.host import certificates
 from atoll.layout import Layout
+from atoll.model.spec import SeedSpec
 from atoll.platform.local import LocalHost
 from atoll.store.audit import past
+from atoll.store.sqlite import SqliteRecords
 from atoll.store.tokens import Tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:litestar")
@@ -206,7 +210,8 @@ async def test_who_did_what_is_written_down(client: httpx.AsyncClient, layout: L
     await client.post("/v1/prune", headers=headers)
     await client.get("/v1/vms", headers={"Authorization": "Bearer hunter3"})
     atoll("rm", "web")
-    found = past(layout.audit)
+    found = past(layout.audit, layout.refused)
+    assert [each.principal for each in past(layout.refused)] == ["nobody"]
     assert [(each.principal, each.via, each.call, each.subject, each.status) for each in found] == [
         ("ann", "remote", "vm.start", "web", 404),
         ("ann", "remote", "host.create", "", 404),
@@ -214,5 +219,26 @@ async def test_who_did_what_is_written_down(client: httpx.AsyncClient, layout: L
         ("nobody", "remote", "host.ls", "", 401),
     ]
     assert {each.address for each in found} == {"127.0.0.1"}
-    written = layout.audit.read_text()
+    written = layout.audit.read_text() + layout.refused.read_text()
     assert "hunter" not in written and secret.split(".")[2] not in written
+
+
+async def test_who_only_looks_sees_no_secret(client: httpx.AsyncClient, layout: Layout) -> None:
+    tokens = Tokens(layout.tokens)
+    read, operate = (
+        {"Authorization": f"Bearer {tokens.create(scope, scope=scope)[1]}"}
+        for scope in ("read", "operate")  # type: ignore[arg-type]
+    )
+    made = await client.post("/v1/vms", json={"name": "web", "disks": [{"size": "1MiB"}]}, headers=operate)
+    assert made.status_code == 200, made.text
+    records = SqliteRecords(layout.database)
+    (vm,) = records.vms()
+    seed = SeedSpec(user="ann", password_hash="$6$hunter2", user_data="#!hunter3")
+    records.put_vm(replace(vm, spec=replace(vm.spec, seed=seed)))
+    (created,) = records.operations()
+    records.put_operation(replace(created, request={"vm": msgspec.to_builtins(records.vms()[0])}))
+    records.close()
+    for path in ("/v1/vms", "/v1/vms/web", "/v1/operations", f"/v1/operations/{created.id}"):
+        seen = (await client.get(path, headers=read)).text
+        assert "ann" in seen and "hunter" not in seen, path
+        assert "hunter2" in (await client.get(path, headers=operate)).text

@@ -58,3 +58,11 @@ async def test_a_follower_sees_all_of_it_once(tmp_path: Path) -> None:
             await asyncio.sleep(0.1)
     following.cancel()
     assert seen == [0, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5]
+
+
+def test_two_logs_are_read_as_one(tmp_path: Path) -> None:
+    for name, numbers in (("one", (1, 4)), ("two", (2, 3))):
+        log = AuditLog(tmp_path / name)
+        for number in numbers:
+            log.add(entry(number))
+    assert [each.at for each in past(tmp_path / "one", tmp_path / "two")] == [1, 2, 3, 4]

@@ -40,6 +40,8 @@ class Access:
         self._path = layout.tokens
         self.tokens = Tokens(layout.tokens)
         self.audit = AuditLog(layout.audit)
+        self.refused = AuditLog(layout.refused)
+        """Of its own, so that no stranger can push out what others did."""
         self.open: dict[asyncio.Task[Any], str] = {}
         """What is served now, and the id of the token that it is served for."""
         self.ended: set[asyncio.Task[Any]] = set()
@@ -185,7 +187,7 @@ class Door:
             why=refused.text if isinstance(refused, AtollError) else "",
         )
         with contextlib.suppress(AtollError):
-            self._access.audit.add(entry)
+            (self._access.refused if status == 401 else self._access.audit).add(entry)
 
 
 class _Answer:

@@ -26,6 +26,8 @@ from atoll.platform.routes import Call
 WAIT = 30.0
 """Seconds that a call waits for its end, unless the client prefers otherwise (RFC 7240)."""
 LONGEST_WAIT = 300.0
+SECRETS = ("password_hash", "user_data")
+"""Fields of what VMs were made with, in records and in the journal."""
 _TAGS = {"vms": "virtual machines"}
 
 
@@ -100,13 +102,23 @@ def _sign(run: Any, call: Call) -> None:
 
 def _reading(call: Call, agent: Agent) -> Any:
     async def run(request: Any, vm: str | None = None, data: Any = None, **values: Any) -> Any:
-        content = msgspec.json.encode(await perform(call, agent.host, vm=vm, values=values, data=data, report=None))
+        found = await perform(call, agent.host, vm=vm, values=values, data=data, report=None)
+        if request.scope["state"]["scope"] == "read":
+            found = without_secrets(msgspec.to_builtins(found))
+        content = msgspec.json.encode(found)
         tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
         if request.headers.get("if-none-match") == tag:
             return Response(None, status_code=304, headers={"ETag": tag})
         return Response(content, media_type="application/json", headers={"ETag": tag})
 
     return run
+
+
+def without_secrets(value: Any) -> Any:
+    """The same without what somebody who only looks could enter guests by."""
+    if isinstance(value, dict):
+        return {key: None if key in SECRETS else without_secrets(each) for key, each in value.items()}
+    return [without_secrets(each) for each in value] if isinstance(value, list) else value
 
 
 def _changing(call: Call, agent: Agent) -> Any:

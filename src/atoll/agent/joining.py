@@ -53,7 +53,7 @@ def joining_handlers(agent: Agent) -> list[HTTPRouteHandler]:
         """Who asked for what, a JSON object a line, oldest first; with `follow` for ever."""
 
         async def lines() -> AsyncIterator[bytes]:
-            async for entry in audit.entries(layout.audit, follow=follow, tail=tail):
+            async for entry in audit.entries(layout.audit, layout.refused, follow=follow, tail=tail):
                 yield msgspec.json.encode(entry) + b"\n"
 
         return Stream(lines(), media_type="application/x-ndjson")

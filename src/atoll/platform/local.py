@@ -215,7 +215,7 @@ class LocalHost:
     def audit(self, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[AuditEntry]:
         from atoll.store import audit
 
-        return audit.entries(self.layout.audit, follow=follow, tail=tail)
+        return audit.entries(self.layout.audit, self.layout.refused, follow=follow, tail=tail)
 
     def last_event(self) -> int:
         """The id of what happened last."""

@@ -1,6 +1,7 @@
 """The audit log: JSON lines that are only appended to, in files of a size, the older ones numbered."""
 
 import asyncio
+import heapq
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -64,10 +65,15 @@ def _rotate(path: Path) -> None:
             newer.replace(_numbered(path, number))
 
 
-def past(path: Path, *, tail: int | None = None) -> list[AuditEntry]:
-    """What is written down, oldest first; only the last `tail`. Raises `StorageFailed`."""
-    every = (entry for number in range(KEPT, -1, -1) for entry in _read(_numbered(path, number)))
+def past(*paths: Path, tail: int | None = None) -> list[AuditEntry]:
+    """What is written down in these logs, oldest first; only the last `tail`. Raises `StorageFailed`."""
+    every = heapq.merge(*map(_log, paths), key=lambda entry: entry.at)
     return list(every if tail is None else deque(every, maxlen=tail))
+
+
+def _log(path: Path) -> Iterator[AuditEntry]:
+    for number in range(KEPT, -1, -1):
+        yield from _read(_numbered(path, number))
 
 
 def _read(path: Path) -> Iterator[AuditEntry]:
@@ -89,15 +95,19 @@ def _entries(lines: list[bytes]) -> Iterator[AuditEntry]:
             continue
 
 
-async def entries(path: Path, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[AuditEntry]:
+async def entries(*paths: Path, follow: bool = False, tail: int | None = None) -> AsyncIterator[AuditEntry]:
     """As `past`, and with `follow` what is written from now on."""
-    end, number = _end_of(path)
-    for entry in await asyncio.to_thread(past, path, tail=tail):
+    ends = {path: _end_of(path) for path in paths}
+    for entry in await asyncio.to_thread(past, *paths, tail=tail):
         yield entry
     while follow:
         await asyncio.sleep(LOOK_AGAIN)
-        lines, end, number = _lines_after(path, end, number)
-        for entry in _entries(lines):
+        fresh: list[bytes] = []
+        for path, (end, number) in ends.items():
+            lines, end_now, number_now = _lines_after(path, end, number)
+            ends[path] = end_now, number_now
+            fresh += lines
+        for entry in sorted(_entries(fresh), key=lambda entry: entry.at):
             yield entry
 
 
