@@ -93,7 +93,8 @@ def parse_address(text: str) -> tuple[str, int]:
         raise InvalidInput(
             f"{text!r} can't be listened on", next_step="Write it as ADDRESS:PORT, such as 0.0.0.0:8443 or [::]:8443."
         )
-    return found["v6"] or found["v4"] or "::", int(found["port"])
+    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    return found["v6"] or found["v4"] or everywhere, int(found["port"])
 
 
 @contextlib.contextmanager
