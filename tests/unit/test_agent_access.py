@@ -173,7 +173,7 @@ async def test_an_open_stream_ends_when_its_token_is_revoked(client: httpx.Async
             async for _ in events.aiter_bytes():
                 pass
     url = str(client.base_url).replace("https", "wss") + "/v1/vms/x/shell"
-    _, operate = Tokens(layout.tokens).create("ci", scope="operate", expires_in=3)
+    _, operate = Tokens(layout.tokens).create("ci", scope="operate", expires_in=5)
     async with (
         asyncio.timeout(20),
         connect(url, ssl=client.tls, additional_headers={"Authorization": f"Bearer {operate}"}) as shell,  # type: ignore[attr-defined]

@@ -47,7 +47,7 @@ def test_a_certificate_is_replaced_when_it_ends_soon_or_lacks_a_name(tmp_path: P
 
 
 async def test_new_connections_get_the_renewed_certificate(layout: Layout) -> None:
-    identity = Identity(layout, ["vms.test"], lifetime=3.0)
+    identity = Identity(layout, ["vms.test"], lifetime=5.0)
     await identity.refresh()
     renewing = asyncio.create_task(identity.keep_good())
     server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", ssl=identity.context)

@@ -152,7 +152,7 @@ class Wire:
             return task
         task = await self._ended(task, report)
         if task.state == "lost":
-            raise _restarted(self.place)
+            raise _forgotten(self.place)
         if task.error is not None:
             raise error_of(task.error)
         return lenient.convert(task.result, routes.result(call))
@@ -168,7 +168,7 @@ class Wire:
             except NotFound as error:
                 # It never arrived; or it did, at an agent that was started anew since and doesn't know what it did.
                 if agent is None or agent != self._agent:
-                    raise _restarted(self.place) from error
+                    raise _forgotten(self.place) from error
         return await send()
 
     async def _task(self, reference: str) -> Task:
@@ -186,7 +186,7 @@ class Wire:
             while task.state == "running":
                 task = await persistently(lambda: self.get(path, Task, query={"wait": WAIT}))
         except NotFound as error:
-            raise _restarted(self.place) from error
+            raise _forgotten(self.place) from error
         return task
 
     async def _cancel(self, key: str) -> None:
@@ -246,10 +246,10 @@ async def _events_of(response: httpcore.Response) -> AsyncIterator[tuple[str, by
                 data = b""
 
 
-def _restarted(place: Place) -> NetworkFailed:
+def _forgotten(place: Place) -> NetworkFailed:
     return NetworkFailed(
         f"the connection to the agent at {place.shown} was lost",
-        "it doesn't know any more what it was asked, so it was started anew meanwhile",
+        "it doesn't know what it was asked: that never came, or it was started anew meanwhile",
         "`atoll operation ls` tells what became of it.",
     )
 
