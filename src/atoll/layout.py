@@ -286,6 +286,11 @@ class Layout:
         return self.run / "agent.sock"
 
     @property
+    def booted(self) -> Path:
+        """The boot of this computer for which the agent has started what is to be started."""
+        return self.run / "booted"
+
+    @property
     def wake(self) -> Path:
         """A file that is touched after each recorded event, so that followers can wait with inotify."""
         return self.run / "wake"

@@ -14,6 +14,7 @@ import uvicorn
 
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
+from atoll.agent.supervise import supervise
 from atoll.errors import Busy
 from atoll.host import files, sockets
 from atoll.host.lease import lease
@@ -80,21 +81,29 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
         agent = Agent(host)
         listeners = [stack.enter_context(listen_locally(layout))]
         for told in host.notices():
-            sys.stderr.write(f"{told}\n")
+            _tell(told)
         ending = _ending_signals(stack)
         servers = [_server(make_app(agent), listener) for listener in listeners]
         serving = [
             asyncio.create_task(server.serve(sockets=[each.socket]))
             for server, each in zip(servers, listeners, strict=True)
         ]
+        watching = asyncio.create_task(supervise(host, tell=_tell))
         ready()
         ended = asyncio.create_task(ending.wait())
         await asyncio.wait([ended, *serving], return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
+        watching.cancel()
+        await asyncio.wait([watching])
         await agent.tasks.close(CLOSE_TIMEOUT)
         for server in servers:
             server.should_exit = True
         await asyncio.gather(*serving)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _ending_signals(stack: contextlib.AsyncExitStack) -> asyncio.Event:

@@ -148,6 +148,8 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
         ("Labels", "\n".join(f"{key}={value}" for key, value in vm.labels.items())),
         ("At next start", "changed settings take effect" if vm.pending else ""),
         ("When stopped", "it is removed" if vm.remove_when_stopped else ""),
+        ("Restart", "" if vm.restart == "never" else vm.restart),
+        ("At boot", f"it is started, order {vm.boot_order}" if vm.autostart else ""),
     ]
 
 

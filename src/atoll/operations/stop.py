@@ -8,7 +8,6 @@ record      how it ended                                                        
 import asyncio
 import contextlib
 import time
-from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -130,11 +129,14 @@ async def _record(context: Context[StopRequest]) -> None:
 def record_stopped(services: Services, vm: Vm, how: str) -> None:
     """Write down that it ended, unless that is written already."""
     if vm.run is None:
+        if vm.last_exit is not None and vm.restart != "never":
+            # It may be waiting to be started again.
+            services.records.put_vm(replace(vm, last_exit=replace(vm.last_exit, asked=True)))
         return
     end = observe.evidence(vm, services.layout.vm(vm.id))
-    reason: Literal["stopped"] = "stopped"
     if how and end.reason != "guest-panic":
-        end = Exit(at=time.time(), reason=reason, detail=how)
+        end = Exit(at=time.time(), reason="stopped", detail=how)
+    end = replace(end, asked=True)
     services.records.put_vm(replace(vm, run=None, last_exit=end))
     cgroups.remove(vm.id)
     services.records.add_event(

@@ -1,0 +1,197 @@
+"""The agent watches: what ended is started again or removed, what belongs to the computer's boot is started.
+
+Nothing here is remembered but how often a VM was started in a row: the records say how each run ended and what is
+wanted, so an agent that was killed goes on where it was.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from itertools import groupby
+from typing import Any
+
+from msgspec.structs import replace
+
+from atoll.errors import AtollError, NotFound, WrongState
+from atoll.host import facts, files
+from atoll.model.supervision import Attempts, is_restarted, next_attempt, returns_after_boot
+from atoll.model.vm import Vm
+from atoll.operations import observe
+from atoll.operations.events import follow_events
+from atoll.operations.services import Services
+from atoll.platform.local import LocalHost
+
+Tell = Callable[[str], None]
+
+TIME_TO_BE_READY = 120.0
+"""Seconds that those of one boot order have before the next ones are started."""
+REMOVAL_DELAY = 1.0
+"""Seconds that a command has to remove the throw-away VM that it ran itself."""
+MISHAP_DELAY = 5.0
+_ENDS = frozenset({"vm.ended", "vm.stopped"})
+
+
+async def supervise(host: LocalHost, *, tell: Tell) -> None:
+    """Watch over the host's VMs until cancelled. A mishap is told, and the watch goes on."""
+    while True:
+        services = Services(host.layout)
+        supervisor = Supervisor(host, services, tell)
+        try:
+            await supervisor.watch()
+        except Exception as error:
+            tell(f"Error: watching over the VMs: {error}")
+        finally:
+            await supervisor.close()
+            services.close()
+        await asyncio.sleep(MISHAP_DELAY)
+
+
+class Supervisor:
+    """One watch."""
+
+    def __init__(self, host: LocalHost, services: Services, tell: Tell) -> None:
+        self._host = host
+        self._services = services
+        self._tell = tell
+        self._attempts: dict[str, Attempts] = {}
+        self._work: dict[str, asyncio.Task[None]] = {}
+        """One thing at a time for each VM."""
+        self._boot: asyncio.Task[None] | None = None
+        self._of_boot: set[str] = set()
+        """VMs that are about to be started as this computer's boot wants it."""
+
+    async def watch(self) -> None:
+        last = self._services.records.last_event()
+        # Looking at them records the ends of those that ended while nobody watched.
+        everyone = [info.vm for info in observe.list_vms(self._services)]
+        if not self._has_booted():
+            belonging = [vm for vm in everyone if _returns_after_boot(vm)]
+            self._of_boot = {vm.id for vm in belonging}
+            self._boot = asyncio.create_task(self._start_for_boot(belonging))
+        for vm in everyone:
+            self._look_at(vm.id)
+        async for event in follow_events(self._services, after=last):
+            if event.kind in _ENDS and event.vm_id is not None:
+                self._look_at(event.vm_id)
+
+    async def close(self) -> None:
+        tasks = [*self._work.values(), *([self._boot] if self._boot else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _look_at(self, vm_id: str) -> None:
+        """Begin what is to be done about a VM, unless something is being done."""
+        vm = self._services.records.vm(vm_id)
+        if vm is None:
+            self._attempts.pop(vm_id, None)
+            return
+        if vm_id in self._work or vm_id in self._of_boot:
+            return
+        if _is_to_be_removed(vm):
+            self._begin(vm, self._remove(vm))
+        elif _is_to_be_restarted(vm):
+            self._begin(vm, self._restart(vm))
+
+    def _begin(self, vm: Vm, work: Coroutine[Any, Any, bool]) -> None:
+        async def run() -> None:
+            again = True
+            try:
+                again = await work
+            except Exception as error:
+                self._tell(f"Error: {vm.name}: {error}")
+            finally:
+                del self._work[vm.id]
+            if again:
+                self._look_at(vm.id)
+
+        self._work[vm.id] = asyncio.create_task(run())
+
+    async def _remove(self, vm: Vm) -> bool:
+        await asyncio.sleep(REMOVAL_DELAY)
+        current = self._services.records.vm(vm.id)
+        if current is None or not _is_to_be_removed(current):
+            return True
+        with contextlib.suppress(NotFound):
+            await (await self._host.get(vm.id)).rm()
+            self._tell(f"'{vm.name}' had stopped; it was removed, as --rm asked.")
+        return False
+
+    async def _restart(self, vm: Vm) -> bool:
+        assert vm.last_exit is not None
+        ended_at = vm.last_exit.at
+        while True:
+            attempt, delay = next_attempt(self._attempts.get(vm.id, Attempts()), ended_at=ended_at)
+            await asyncio.sleep(delay)
+            current = self._services.records.vm(vm.id)
+            if current is None or not _is_to_be_restarted(current):
+                return True
+            self._attempts[vm.id] = replace(attempt, started_at=time.time())
+            try:
+                await (await self._host.get(vm.id)).start()
+            except (NotFound, WrongState):
+                # Somebody was faster.
+                return True
+            except AtollError as error:
+                self._record_failure(current, error)
+                ended_at = time.time()
+                continue
+            data = {"reason": vm.last_exit.reason, "count": attempt.count}
+            self._services.records.add_event("vm.restarted", vm_id=vm.id, name=current.name, data=data)
+            self._tell(f"'{current.name}' was started again: {vm.last_exit.reason}, {vm.last_exit.detail}")
+            return True
+
+    def _record_failure(self, vm: Vm, error: AtollError) -> None:
+        self._services.records.add_event("vm.restart-failed", vm_id=vm.id, name=vm.name, data={"error": error.text})
+        self._tell(f"Error: {error.text}")
+
+    # This computer's boot
+
+    def _has_booted(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self._services.layout.booted.read_text() == facts.boot_id()
+        return False
+
+    async def _start_for_boot(self, belonging: list[Vm]) -> None:
+        """Start what belongs to the boot, in its order. A number waits for the ones before, but not for ever.
+
+        That it is done is noted at the end: if the agent is killed on the way, the next one goes on with the rest.
+        """
+        ordered = sorted(belonging, key=lambda vm: vm.boot_order)
+        for _, group in groupby(ordered, key=lambda vm: vm.boot_order):
+            await asyncio.gather(*(self._start_one_for_boot(vm) for vm in group))
+        files.make_folder(self._services.layout.run)
+        files.write_atomically(self._services.layout.booted, facts.boot_id().encode())
+
+    async def _start_one_for_boot(self, vm: Vm) -> None:
+        try:
+            reached = await self._host.get(vm.id)
+            await reached.start()
+            self._services.records.add_event("vm.autostarted", vm_id=vm.id, name=vm.name)
+            self._of_boot.discard(vm.id)
+            await reached.wait("ready", timeout=TIME_TO_BE_READY)
+        except (NotFound, WrongState):
+            pass
+        except AtollError as error:
+            self._record_failure(vm, error)
+        finally:
+            self._of_boot.discard(vm.id)
+            self._look_at(vm.id)
+
+
+def _is_to_be_removed(vm: Vm) -> bool:
+    return vm.remove_when_stopped and vm.run is None and vm.last_exit is not None and vm.suspended is None
+
+
+def _is_to_be_restarted(vm: Vm) -> bool:
+    if vm.run is not None or vm.last_exit is None or vm.suspended is not None:
+        return False
+    return is_restarted(vm.restart, vm.last_exit.reason, asked=vm.last_exit.asked)
+
+
+def _returns_after_boot(vm: Vm) -> bool:
+    if vm.run is not None or vm.pool is not None:
+        return False
+    reason, asked = (vm.last_exit.reason, vm.last_exit.asked) if vm.last_exit is not None else (None, False)
+    return returns_after_boot(vm.restart, reason, asked=asked, autostart=vm.autostart)
