@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -129,3 +130,55 @@ async def test_a_throw_away_vm_is_removed_as_soon_as_it_ended(host: LocalHost, l
     async with agent(layout):
         os.kill(await pid_of(vm), signal.SIGKILL)
         await happened(host, "vm.removed", seconds=20)
+
+
+async def test_a_guest_that_panicked_is_ended_and_started_again(host: LocalHost, layout: Layout) -> None:
+    vm = await host.run("tiny", name="web", memory="96MiB", restart="on-failure")
+    plain = await host.run("tiny", name="plain", memory="96MiB")
+    async with agent(layout):
+        for each in (vm, plain):
+            await each.exec(["sh", "-c", "modprobe pvpanic_pci; echo 1 > /proc/sys/kernel/sysrq"])
+            await each.exec(["sh", "-c", "(sleep 0.2; echo c > /proc/sysrq-trigger) >/dev/null 2>&1 &"])
+        told = await happened(host, "vm.restarted")
+        assert (told.name, told.data["reason"]) == ("web", "guest-panic")
+        await vm.wait("ready", timeout=120)
+    assert (await plain.info()).phase is Phase.CRASHED, "it can be looked at"
+    assert (await kinds(host)).count("vm.panicked") == 2
+
+
+async def test_what_qemu_reports_comes_within_50_ms(host: LocalHost, layout: Layout) -> None:
+    vm = await host.run("tiny", name="web", memory="96MiB")
+    delays: list[float] = []
+    async with agent(layout), through_agent(layout) as reached:
+        events = reached.events(follow=True)
+
+        async def listen() -> None:
+            async for event in events:
+                delays.extend([time.time() - event.data["at"]] if event.kind in ("vm.halted", "vm.continued") else [])
+
+        listening = asyncio.create_task(listen())
+        await asyncio.sleep(1)
+        for _ in range(10):
+            await vm.pause()
+            await vm.resume()
+        async with asyncio.timeout(20):
+            while len(delays) < 20:
+                await asyncio.sleep(0.05)
+        listening.cancel()
+    print("from QEMU to a client, ms:", sorted(round(each * 1000) for each in delays))
+    assert sorted(delays)[10] < 0.05
+
+
+async def test_no_event_is_told_twice_or_lost_between_two_agents(host: LocalHost, layout: Layout) -> None:
+    vm = await host.run("tiny", name="web", memory="96MiB")
+    async with agent(layout) as served:
+        await vm.pause()
+        await happened(host, "vm.halted")
+        await served.end(signal.SIGKILL)
+    await vm.resume()
+    async with agent(layout):
+        told = await happened(host, "vm.continued")
+        await vm.stop(force=True)
+        await happened(host, "vm.shutdown", after=told.id)
+    found = [each for each in await kinds(host) if each in ("vm.halted", "vm.continued", "vm.shutdown")]
+    assert found == ["vm.halted", "vm.continued", "vm.shutdown"]

@@ -14,6 +14,7 @@ import uvicorn
 
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
+from atoll.agent.state import State
 from atoll.agent.supervise import supervise
 from atoll.errors import Busy
 from atoll.host import files, sockets
@@ -78,6 +79,7 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
         host = await stack.enter_async_context(LocalHost(layout))
+        state = stack.enter_context(contextlib.closing(State(layout.agent_state)))
         agent = Agent(host)
         listeners = [stack.enter_context(listen_locally(layout))]
         for told in host.notices():
@@ -88,7 +90,7 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
             asyncio.create_task(server.serve(sockets=[each.socket]))
             for server, each in zip(servers, listeners, strict=True)
         ]
-        watching = asyncio.create_task(supervise(host, tell=_tell))
+        watching = asyncio.create_task(supervise(host, state, tell=_tell))
         ready()
         ended = asyncio.create_task(ending.wait())
         await asyncio.wait([ended, *serving], return_when=asyncio.FIRST_COMPLETED)

@@ -13,13 +13,17 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from atoll.agent.engine_events import EngineLogs
+from atoll.agent.state import State
 from atoll.errors import AtollError, NotFound, WrongState
 from atoll.host import facts, files
+from atoll.model.state import Phase
 from atoll.model.supervision import Attempts, is_restarted, next_attempt, returns_after_boot
 from atoll.model.vm import Vm
 from atoll.operations import observe
 from atoll.operations.events import follow_events
 from atoll.operations.services import Services
+from atoll.operations.stop import end_crashed
 from atoll.platform.local import LocalHost
 
 Tell = Callable[[str], None]
@@ -29,14 +33,16 @@ TIME_TO_BE_READY = 120.0
 REMOVAL_DELAY = 1.0
 """Seconds that a command has to remove the throw-away VM that it ran itself."""
 MISHAP_DELAY = 5.0
-_ENDS = frozenset({"vm.ended", "vm.stopped"})
+_BEGINNINGS = frozenset({"vm.started", "vm.restored"})
+_ENDS = frozenset({"vm.ended", "vm.stopped", "vm.suspended"})
+_CRASHES = frozenset({"vm.panicked", "vm.watchdog"})
 
 
-async def supervise(host: LocalHost, *, tell: Tell) -> None:
+async def supervise(host: LocalHost, state: State, *, tell: Tell) -> None:
     """Watch over the host's VMs until cancelled. A mishap is told, and the watch goes on."""
     while True:
         services = Services(host.layout)
-        supervisor = Supervisor(host, services, tell)
+        supervisor = Supervisor(host, services, state, tell)
         try:
             await supervisor.watch()
         except Exception as error:
@@ -50,49 +56,65 @@ async def supervise(host: LocalHost, *, tell: Tell) -> None:
 class Supervisor:
     """One watch."""
 
-    def __init__(self, host: LocalHost, services: Services, tell: Tell) -> None:
+    def __init__(self, host: LocalHost, services: Services, state: State, tell: Tell) -> None:
         self._host = host
         self._services = services
         self._tell = tell
         self._attempts: dict[str, Attempts] = {}
         self._work: dict[str, asyncio.Task[None]] = {}
         """One thing at a time for each VM."""
-        self._boot: asyncio.Task[None] | None = None
+        self._logs = EngineLogs(services, state)
+        self._beside: list[asyncio.Task[None]] = [asyncio.create_task(self._logs.read())]
         self._of_boot: set[str] = set()
         """VMs that are about to be started as this computer's boot wants it."""
 
     async def watch(self) -> None:
         last = self._services.records.last_event()
+        for vm in self._services.records.vms():
+            self._logs.follow(vm)
         # Looking at them records the ends of those that ended while nobody watched.
-        everyone = [info.vm for info in observe.list_vms(self._services)]
+        infos = observe.list_vms(self._services)
+        everyone = [info.vm for info in infos]
         if not self._has_booted():
             belonging = [vm for vm in everyone if _returns_after_boot(vm)]
             self._of_boot = {vm.id for vm in belonging}
-            self._boot = asyncio.create_task(self._start_for_boot(belonging))
-        for vm in everyone:
-            self._look_at(vm.id)
+            self._beside.append(asyncio.create_task(self._start_for_boot(belonging)))
+        for info in infos:
+            self._look_at(info.vm.id, crashed=info.phase is Phase.CRASHED)
         async for event in follow_events(self._services, after=last):
-            if event.kind in _ENDS and event.vm_id is not None:
-                self._look_at(event.vm_id)
+            if event.vm_id is not None:
+                self._on_event(event.kind, event.vm_id)
+
+    def _on_event(self, kind: str, vm_id: str) -> None:
+        if kind in _BEGINNINGS and (vm := self._services.records.vm(vm_id)) is not None:
+            self._logs.follow(vm)
+        elif kind in _ENDS:
+            self._logs.drop(vm_id)
+            self._look_at(vm_id)
+        elif kind in _CRASHES:
+            self._look_at(vm_id, crashed=True)
+        elif kind == "vm.removed":
+            self._logs.forget(vm_id)
+            self._attempts.pop(vm_id, None)
 
     async def close(self) -> None:
-        tasks = [*self._work.values(), *([self._boot] if self._boot else [])]
+        tasks = [*self._work.values(), *self._beside]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._logs.close()
 
-    def _look_at(self, vm_id: str) -> None:
+    def _look_at(self, vm_id: str, *, crashed: bool = False) -> None:
         """Begin what is to be done about a VM, unless something is being done."""
         vm = self._services.records.vm(vm_id)
-        if vm is None:
-            self._attempts.pop(vm_id, None)
-            return
-        if vm_id in self._work or vm_id in self._of_boot:
+        if vm is None or vm_id in self._work or vm_id in self._of_boot:
             return
         if _is_to_be_removed(vm):
             self._begin(vm, self._remove(vm))
         elif _is_to_be_restarted(vm):
             self._begin(vm, self._restart(vm))
+        elif crashed and vm.restart != "never":
+            self._begin(vm, self._end_crashed(vm))
 
     def _begin(self, vm: Vm, work: Coroutine[Any, Any, bool]) -> None:
         async def run() -> None:
@@ -117,6 +139,11 @@ class Supervisor:
             await (await self._host.get(vm.id)).rm()
             self._tell(f"'{vm.name}' had stopped; it was removed, as --rm asked.")
         return False
+
+    async def _end_crashed(self, vm: Vm) -> bool:
+        """A guest that has crashed while its QEMU lives has ended, too."""
+        await end_crashed(vm, services=self._services)
+        return True
 
     async def _restart(self, vm: Vm) -> bool:
         assert vm.last_exit is not None

@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from asyncinotify import Inotify, Mask
+from asyncinotify import Inotify, Mask, Watch
 
 from atoll.host.files import make_folder
 
@@ -52,6 +52,45 @@ async def changes(path: Path) -> AsyncIterator[None]:
                         yield
         finally:
             loop.remove_reader(inotify.fd)
+
+
+class Watches:
+    """Files that exist, watched for what is appended, all through one descriptor: a user has few of that kind."""
+
+    def __init__(self) -> None:
+        self._inotify = Inotify(sync_timeout=0)
+        self._keys: dict[Watch, str] = {}
+        self._changed: set[str] = set()
+        self._wake = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._inotify.fd, self._read)
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._inotify.fd)
+        self._inotify.close()
+
+    def add(self, path: Path, key: str) -> Watch:
+        """Tell changes of the file by this key. Raises `OSError` when there is none."""
+        watch = self._inotify.add_watch(path, Mask.MODIFY)
+        self._keys[watch] = key
+        return watch
+
+    def remove(self, watch: Watch) -> None:
+        self._keys.pop(watch, None)
+        with contextlib.suppress(OSError):  # The kernel takes it away with the file.
+            self._inotify.rm_watch(watch)
+
+    def _read(self) -> None:
+        while (event := self._inotify.sync_get()) is not None:
+            if event.watch is not None and event.watch in self._keys:
+                self._changed.add(self._keys[event.watch])
+                self._wake.set()
+
+    async def changes(self) -> AsyncIterator[set[str]]:
+        """The keys of those that have changed since the last ones."""
+        while await self._wake.wait():
+            self._wake.clear()
+            changed, self._changed = self._changed, set()
+            yield changed
 
 
 async def follow(path: Path, *, offset: int = 0, until: "asyncio.Future[None] | None" = None) -> AsyncIterator[bytes]:

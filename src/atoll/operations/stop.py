@@ -118,6 +118,20 @@ async def end(services: Services, vm: Vm, gone: "asyncio.Future[None]") -> None:
         await kill(vm.run.pid)
 
 
+async def end_crashed(vm: Vm, *, services: Services) -> None:
+    """End the QEMU of a guest that has crashed, as if it had ended by itself; nothing happens to another."""
+    async with services.lease(vm.id, what=vm.name):
+        current = services.vm(vm.id)
+        if current.run is None or observe.phase_of(services, current) is not Phase.CRASHED:
+            return
+        gone = asyncio.ensure_future(wait_for_exit(current.run.pid))
+        try:
+            await end(services, current, gone)
+        finally:
+            gone.cancel()
+    observe.observe_one(services, services.vm(vm.id))
+
+
 async def _record(context: Context[StopRequest]) -> None:
     from atoll.operations.suspend import drop
 
