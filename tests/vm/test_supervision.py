@@ -4,10 +4,14 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
+from tests.helpers import tool
 from tests.helpers.agents import agent
 from tests.helpers.images import adopt_cached
 
@@ -182,3 +186,135 @@ async def test_no_event_is_told_twice_or_lost_between_two_agents(host: LocalHost
         await happened(host, "vm.shutdown", after=told.id)
     found = [each for each in await kinds(host) if each in ("vm.halted", "vm.continued", "vm.shutdown")]
     assert found == ["vm.halted", "vm.continued", "vm.shutdown"]
+
+
+def in_another_boot(layout: Layout) -> None:
+    """As if the computer had been started since an agent ran last."""
+    layout.booted.write_text("another boot")
+
+
+async def test_a_boot_starts_what_is_marked_in_its_order(host: LocalHost, layout: Layout) -> None:
+    for name, number in (("web", 20), ("db", 10), ("cache", 10)):
+        await host.create("tiny", name=name, memory="96MiB", autostart=True, boot_order=number)
+    await host.create("tiny", name="idle", memory="96MiB", restart="always")
+    async with agent(layout):
+        async with asyncio.timeout(120):
+            while not layout.booted.exists():
+                await asyncio.sleep(0.1)
+        started = [event.name async for event in host.events(follow=False, after=0) if event.kind == "vm.autostarted"]
+        assert set(started[:2]) == {"db", "cache"} and started[2:] == ["web"]
+        infos = {each.vm.name: each for each in await host.ls()}
+        assert infos["idle"].phase is Phase.STOPPED
+        ready = [await (await host.get(name)).exec(["cat", "/proc/uptime"]) for name in ("db", "cache")]
+        assert all(each.exit_code == 0 for each in ready)
+        await (await host.get("web")).stop(force=True)
+    async with agent(layout):
+        await asyncio.sleep(2)
+        phases = {each.vm.name: each.phase for each in await host.ls()}
+        assert phases["web"] is Phase.STOPPED, "it is the same boot"
+    in_another_boot(layout)
+    last = host._services.records.last_event()
+    async with agent(layout):
+        assert (await happened(host, "vm.autostarted", after=last)).name == "web"
+        await (await host.get("web")).wait("ready", timeout=120)
+
+
+async def test_what_went_down_with_the_computer_returns_where_wanted(host: LocalHost, layout: Layout) -> None:
+    for name, policy in (("web", "on-failure"), ("plain", "never")):
+        vm = await host.run("tiny", name=name, memory="96MiB", restart=policy)
+        os.kill(await pid_of(vm), signal.SIGKILL)
+        record = vm._record()
+        assert record.run is not None
+        # No test starts the computer anew: the record is as it would be after that.
+        vm._services.records.put_vm(replace(record, run=replace(record.run, boot_id="the boot before")))
+        layout.vm(vm.id).qemu_log.write_text("")
+    async with agent(layout):
+        told = await happened(host, "vm.autostarted")
+        assert told.name == "web"
+        await (await host.get("web")).wait("ready", timeout=120)
+    infos = {each.vm.name: each for each in await host.ls()}
+    assert infos["plain"].phase is Phase.STOPPED
+    assert infos["plain"].exit is not None and infos["plain"].exit.reason == "host-rebooted"
+
+
+async def test_an_operation_of_a_killed_command_is_settled_at_once(host: LocalHost, layout: Layout) -> None:
+    async with agent(layout):
+        for point, outcome in ((("create", "files", "after"), "undone"), (("create", "tell", "before"), "undone")):
+            before = [event.id async for event in host.events(follow=False, after=0)]
+            code, _ = await asyncio.to_thread(
+                tool.run, layout, "await host.create('tiny', name='v', memory='96MiB')", kill_at=point
+            )
+            assert code == -signal.SIGKILL
+            told = await happened(host, f"operation.{outcome}", after=max(before, default=0), seconds=10)
+            assert told.data["verb"] == "create"
+            assert await host.operations.ls(unfinished=True) == []
+        assert await host.ls() == []
+
+
+async def test_a_killed_stop_of_a_throw_away_vm_is_finished_and_the_vm_removed(host: LocalHost, layout: Layout) -> None:
+    await host.run("tiny", name="gone", memory="96MiB", remove_when_stopped=True)
+    async with agent(layout):
+        action = "await (await host.get('gone')).stop(force=True)"
+        await asyncio.to_thread(tool.run, layout, action, kill_at=("stop", "record", "after"))
+        await happened(host, "vm.removed", seconds=20)
+
+
+async def test_a_shutdown_stops_all_in_reverse_and_the_boot_brings_back_what_is_wanted(
+    host: LocalHost, layout: Layout
+) -> None:
+    await host.run("tiny", name="db", memory="96MiB", restart="on-failure", boot_order=1)
+    await host.run("tiny", name="web", memory="96MiB", restart="never", boot_order=2)
+    crashed = await host.run("tiny", name="crashed", memory="96MiB", restart="on-failure")
+    async with agent(layout), through_agent(layout) as reached:
+        os.kill(await pid_of(crashed), signal.SIGKILL)
+        await happened(host, "vm.ended")
+        done = await reached.stop_all(timeout=60, for_shutdown=True)
+        assert [(each.name, each.outcome) for each in done] == [("web", "stopped"), ("db", "stopped")]
+        await asyncio.sleep(3)
+        infos = {each.vm.name: each for each in await host.ls()}
+        assert {each.phase for each in infos.values()} == {Phase.STOPPED}, (
+            "nothing returns while the computer goes down"
+        )
+        assert {each.exit.reason for each in infos.values() if each.exit} == {"host-shutdown"}
+    in_another_boot(layout)
+    async with agent(layout):
+        names = set()
+        async with asyncio.timeout(60):
+            async for event in host.events(after=0):
+                if event.kind == "vm.autostarted":
+                    names.add(event.name)
+                    if len(names) == 2:
+                        break
+    assert names == {"db", "crashed"}
+
+
+async def test_all_can_be_suspended_and_a_hanging_guest_takes_no_more_than_its_time(
+    host: LocalHost, layout: Layout
+) -> None:
+    vm = await host.run("tiny", name="web", memory="96MiB")
+    await vm.exec(["sh", "-c", "echo kept > /run/word"])
+    done = await host.stop_all(timeout=60, suspend=True)
+    assert [(each.name, each.outcome) for each in done] == [("web", "suspended")]
+    await vm.start(wait=True, timeout=60)
+    assert (await vm.exec(["cat", "/run/word"])).text == "kept"
+
+    hanging = await host.run("tiny", name="hangs", memory="96MiB", boot_order=7)
+    await hanging.exec(["sh", "-c", "kill -STOP $(pidof qemu-ga) 1 || true"])
+    began = time.monotonic()
+    done = await host.stop_all(timeout=20)
+    assert time.monotonic() - began < 30
+    assert [(each.name, each.outcome) for each in done] == [("hangs", "stopped"), ("web", "stopped")]
+    assert (await host.stop_all()) == []
+
+
+async def test_systemd_is_told_when_the_agent_listens_and_when_it_ends(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        async with agent(layout) as served:
+            assert await asyncio.to_thread(systemd.recv, 100) == b"READY=1"
+            assert await served.end() == 0
+            assert await asyncio.to_thread(systemd.recv, 100) == b"STOPPING=1"

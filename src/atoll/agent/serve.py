@@ -19,6 +19,7 @@ from atoll.agent.supervise import supervise
 from atoll.errors import Busy
 from atoll.host import files, sockets
 from atoll.host.lease import lease
+from atoll.host.notify import notify
 from atoll.layout import Layout
 from atoll.platform.local import LocalHost
 
@@ -92,9 +93,11 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
         ]
         watching = asyncio.create_task(supervise(host, state, tell=_tell))
         ready()
+        notify("READY=1")
         ended = asyncio.create_task(ending.wait())
         await asyncio.wait([ended, *serving], return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
+        notify("STOPPING=1")
         watching.cancel()
         await asyncio.wait([watching])
         await agent.tasks.close(CLOSE_TIMEOUT)

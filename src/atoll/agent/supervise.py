@@ -7,13 +7,14 @@ wanted, so an agent that was killed goes on where it was.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from itertools import groupby
 from typing import Any
 
 from msgspec.structs import replace
 
 from atoll.agent.engine_events import EngineLogs
+from atoll.agent.recover import Tell, recover_as_found
 from atoll.agent.state import State
 from atoll.errors import AtollError, NotFound, WrongState
 from atoll.host import facts, files
@@ -25,8 +26,6 @@ from atoll.operations.events import follow_events
 from atoll.operations.services import Services
 from atoll.operations.stop import end_crashed
 from atoll.platform.local import LocalHost
-
-Tell = Callable[[str], None]
 
 TIME_TO_BE_READY = 120.0
 """Seconds that those of one boot order have before the next ones are started."""
@@ -45,8 +44,8 @@ async def supervise(host: LocalHost, state: State, *, tell: Tell) -> None:
         supervisor = Supervisor(host, services, state, tell)
         try:
             await supervisor.watch()
-        except Exception as error:
-            tell(f"Error: watching over the VMs: {error}")
+        except* Exception as mishaps:
+            tell(f"Error: watching over the VMs: {'; '.join(map(str, mishaps.exceptions))}")
         finally:
             await supervisor.close()
             services.close()
@@ -64,11 +63,17 @@ class Supervisor:
         self._work: dict[str, asyncio.Task[None]] = {}
         """One thing at a time for each VM."""
         self._logs = EngineLogs(services, state)
-        self._beside: list[asyncio.Task[None]] = [asyncio.create_task(self._logs.read())]
         self._of_boot: set[str] = set()
         """VMs that are about to be started as this computer's boot wants it."""
 
     async def watch(self) -> None:
+        """Until cancelled, or until one of the things that are done side by side fails."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(recover_as_found(self._services, tell=self._tell))
+            group.create_task(self._logs.read())
+            await self._follow(group)
+
+    async def _follow(self, group: asyncio.TaskGroup) -> None:
         last = self._services.records.last_event()
         for vm in self._services.records.vms():
             self._logs.follow(vm)
@@ -78,7 +83,7 @@ class Supervisor:
         if not self._has_booted():
             belonging = [vm for vm in everyone if _returns_after_boot(vm)]
             self._of_boot = {vm.id for vm in belonging}
-            self._beside.append(asyncio.create_task(self._start_for_boot(belonging)))
+            group.create_task(self._start_for_boot(belonging))
         for info in infos:
             self._look_at(info.vm.id, crashed=info.phase is Phase.CRASHED)
         async for event in follow_events(self._services, after=last):
@@ -98,10 +103,9 @@ class Supervisor:
             self._attempts.pop(vm_id, None)
 
     async def close(self) -> None:
-        tasks = [*self._work.values(), *self._beside]
-        for task in tasks:
+        for task in self._work.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._work.values(), return_exceptions=True)
         self._logs.close()
 
     def _look_at(self, vm_id: str, *, crashed: bool = False) -> None:

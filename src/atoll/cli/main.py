@@ -65,6 +65,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "Images": {"image": "image"},
     "This computer": {
         "serve": "serve",
+        "shutdown": "shutdown",
         "events": "journal",
         "operation": "journal",
         "doctor": "system",

@@ -85,6 +85,10 @@ class Watches:
                 self._changed.add(self._keys[event.watch])
                 self._wake.set()
 
+    def wake(self) -> None:
+        """Let `changes` yield, though perhaps nothing has changed."""
+        self._wake.set()
+
     async def changes(self) -> AsyncIterator[set[str]]:
         """The keys of those that have changed since the last ones."""
         while await self._wake.wait():

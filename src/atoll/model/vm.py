@@ -113,6 +113,16 @@ class VmInfo(Struct, frozen=True, kw_only=True):
     """Of one VM only."""
 
 
+class Stopped(Struct, frozen=True, kw_only=True):
+    """What became of a VM when all were stopped."""
+
+    id: str
+    name: str
+    outcome: Literal["stopped", "suspended", "failed", "nothing"]
+    """`nothing`: it had ended already."""
+    error: str = ""
+
+
 class PoolInfo(Struct, frozen=True, kw_only=True):
     """Copies of a snapshot that wait."""
 

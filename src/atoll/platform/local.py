@@ -9,7 +9,7 @@ from atoll.layout import Layout
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.requests import CreateRequest
-from atoll.model.vm import Event, VmInfo
+from atoll.model.vm import Event, Stopped, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import BundleFile, Report
 from atoll.platform.copies import AsyncCopies
@@ -199,6 +199,19 @@ class LocalHost:
 
         async for event in follow_events(self._services, after=last):
             yield event
+
+    async def stop_all(
+        self,
+        *,
+        timeout: float = 60.0,
+        suspend: bool = False,
+        for_shutdown: bool = False,
+        report: Report | None = None,
+    ) -> list[Stopped]:
+        from atoll.operations.stop_all import StopAll, stop_all
+
+        how = StopAll(timeout=timeout, suspend=suspend, for_shutdown=for_shutdown)
+        return await stop_all(how, services=self._services, report=report)
 
     async def prune(self, *, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
         from atoll.operations.prune import prune
