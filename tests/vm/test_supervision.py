@@ -9,16 +9,18 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 from tests.helpers import tool
 from tests.helpers.agents import agent
 from tests.helpers.images import adopt_cached
 
-from atoll.errors import InvalidInput
+from atoll.errors import InvalidInput, WrongState
 from atoll.layout import Layout
 from atoll.model.requests import SetRequest
 from atoll.model.state import Phase
+from atoll.model.task import Task
 from atoll.model.vm import Event
 from atoll.platform.local import LocalHost, LocalVm
 from atoll.platform.remote import RemoteHost
@@ -318,3 +320,26 @@ async def test_systemd_is_told_when_the_agent_listens_and_when_it_ends(
             assert await asyncio.to_thread(systemd.recv, 100) == b"READY=1"
             assert await served.end() == 0
             assert await asyncio.to_thread(systemd.recv, 100) == b"STOPPING=1"
+
+
+async def test_a_request_that_the_agents_end_cut_off_is_lost_and_told_so(host: LocalHost, layout: Layout) -> None:
+    await host.run("tiny", name="web", memory="96MiB")
+    async with agent(layout) as served, through_agent(layout) as reached:
+        headers = {"Idempotency-Key": "once", "Prefer": "respond-async"}
+        body = b'{"condition": "stopped"}'
+
+        async def ask() -> Task:
+            sent = reached._wire.request("POST", "/v1/vms/web/wait", content=body, headers=headers)
+            async with sent as response:
+                return msgspec.json.decode(await response.aread(), type=Task)
+
+        task = await ask()
+        assert task.state == "running"
+        assert (await ask()).id == task.id, "the same key is the same request"
+        await served.end(signal.SIGKILL)
+    async with agent(layout), through_agent(layout) as reached:
+        found = await reached._wire.get(f"/v1/tasks/{task.id}", Task)
+        assert found.state == "lost"
+        with pytest.raises(WrongState, match="the agent ended while"):
+            await ask()
+    assert (await host.ls())[0].phase is Phase.RUNNING

@@ -82,6 +82,7 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
         host = await stack.enter_async_context(LocalHost(layout))
         state = stack.enter_context(contextlib.closing(State(layout.agent_state)))
         agent = Agent(host)
+        agent.tasks.keep_in(state)
         listeners = [stack.enter_context(listen_locally(layout))]
         for told in host.notices():
             _tell(told)

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from atoll.host import files
+from atoll.model.task import Task
 
+LARGEST_TASK = 4 << 20
+"""Bytes of an answer that is kept."""
 _TABLES = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
@@ -22,6 +26,16 @@ _TABLES = """
         offset INTEGER NOT NULL,
         event INTEGER NOT NULL
     ) STRICT;
+    CREATE TABLE IF NOT EXISTS tasks (
+        id TEXT PRIMARY KEY,
+        principal TEXT NOT NULL,
+        key TEXT,
+        digest TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        record BLOB NOT NULL,
+        UNIQUE (principal, key)
+    ) STRICT;
+    CREATE INDEX IF NOT EXISTS tasks_by_time ON tasks(created_at);
 """
 
 
@@ -33,6 +47,15 @@ class Position(msgspec.Struct, frozen=True):
     offset: int
     event: int
     """The newest event that was recorded by then."""
+
+
+class KeptTask(msgspec.Struct, frozen=True):
+    """A request as the last agent that had it knew it."""
+
+    principal: str
+    key: str | None
+    digest: str
+    task: Task
 
 
 class State:
@@ -71,6 +94,31 @@ class State:
 
     def forget_position(self, vm_id: str) -> None:
         self._write("DELETE FROM positions WHERE vm_id = ?", vm_id)
+
+    # Requests
+
+    def put_task(self, kept: KeptTask) -> None:
+        """Add or replace. One whose answer is too large to be kept stays as it was."""
+        record = msgspec.json.encode(kept.task)
+        if len(record) > LARGEST_TASK:
+            return
+        values = (kept.task.id, kept.principal, kept.key, kept.digest, kept.task.created_at, record)
+        self._write("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)", *values)
+
+    def task(self, reference: str, principal: str) -> KeptTask | None:
+        """By its id, or by the key that this principal gave it."""
+        query = "SELECT principal, key, digest, record FROM tasks WHERE id = ? OR (principal = ? AND key = ?) LIMIT 1"
+        rows = self._rows(query, reference, principal, reference)
+        with contextlib.suppress(msgspec.DecodeError):
+            for owner, key, digest, record in rows:
+                task = msgspec.json.decode(record, type=Task)
+                if task.state == "done":
+                    task = replace(task, result=msgspec.Raw(msgspec.json.encode(task.result)))
+                return KeptTask(owner, key, digest, task)
+        return None
+
+    def forget_tasks(self, *, before: float) -> None:
+        self._write("DELETE FROM tasks WHERE created_at < ?", before)
 
 
 def _opened(path: Path) -> sqlite3.Connection:
