@@ -149,7 +149,8 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
         ("At next start", "changed settings take effect" if vm.pending else ""),
         ("When stopped", "it is removed" if vm.remove_when_stopped else ""),
         ("Restart", "" if vm.restart == "never" else vm.restart),
-        ("At boot", f"it is started, order {vm.boot_order}" if vm.autostart else ""),
+        ("At boot", "it is started" if vm.autostart else ""),
+        ("Boot order", str(vm.boot_order) if vm.boot_order else ""),
     ]
 
 
