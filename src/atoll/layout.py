@@ -167,8 +167,8 @@ class NetworkPaths:
 
     @property
     def uplink(self) -> Path:
-        """The socket that takes published ports, in a folder of the uplink's own."""
-        return self.run / "uplink" / "control"
+        """The socket that takes published ports, in a folder of the uplink's own. By its name the uplink is found."""
+        return self.run / "uplink" / self.run.name
 
     @property
     def log(self) -> Path:

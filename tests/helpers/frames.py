@@ -130,7 +130,7 @@ def dhcp_ack(mac: str, to_mac: str, *, server: str, address: str) -> bytes:
 def between6(mac: str, to_mac: str, addresses: tuple[str, str], protocol: int, body: bytes) -> bytes:
     """Of IPv6; the body's checksum, in its place at `body[at:at + 2]`, is made here."""
     both = b"".join(socket.inet_pton(socket.AF_INET6, each) for each in addresses)
-    at = 2 if protocol == ICMP6 else 6
+    at = {ICMP6: 2, TCP: 16}.get(protocol, 6)
     total = checksum(both + struct.pack(">II", len(body), protocol) + body)
     body = body[:at] + struct.pack(">H", total) + body[at + 2 :]
     return between(mac, to_mac, IPV6, struct.pack(">IHBB", 6 << 28, len(body), protocol, 255) + both + body)

@@ -15,7 +15,7 @@ _SOURCE = Path(__file__).with_name("guest_net.c")
 
 
 @cache
-def _program() -> bytes:
+def program() -> bytes:
     """Static, for a guest of whatever system."""
     compiler = shutil.which("gcc")
     if compiler is None:
@@ -28,7 +28,7 @@ def _program() -> bytes:
 
 async def put_guest_net(vm: Machine) -> None:
     """From now on the guest has the command `guest_net`."""
-    result = await vm.exec(["sh", "-c", 'cat >"$0" && chmod +x "$0"', "/usr/bin/guest_net"], stdin=_program())
+    result = await vm.exec(["sh", "-c", 'cat >"$0" && chmod +x "$0"', "/usr/bin/guest_net"], stdin=program())
     assert result.exit_code == 0, result.stderr
 
 

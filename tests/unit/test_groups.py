@@ -12,6 +12,7 @@ from tests.unit.test_network_texts import CARDS, CARDS6, LAB, LAB6, PORTS, PORTS
 from atoll.cli.options import parse_nics
 from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
 from atoll.host import group_text
+from atoll.host.link_text import Port
 from atoll.layout import Layout
 from atoll.model.groups import Group, Rule, parse_rule, parse_rules
 from atoll.model.network import Members
@@ -138,6 +139,15 @@ def test_what_nft_is_told() -> None:
 def test_what_nft_is_told_with_ipv6() -> None:
     members = replace(MEMBERS, network=LAB6, attached=(replace(DB, groups=(), address6=CARDS6[0].address6), WWW))
     assert_golden(group_text.groups(members, PORTS6), "groups6.txt")
+
+
+def test_what_nft_is_told_on_a_bridge_of_the_computer() -> None:
+    """Cards without a group, too, have rules; and VMs are known by their cables, not by addresses."""
+    office = replace(LAB, mode="bridge", bridge="br7", subnet="", gateway="", domain="")
+    cards = (replace(DB, groups=(), address=""), replace(WWW, address=""))
+    unknown = Port(tap="t9", mac="52:54:00:00:00:09", address="")
+    members = replace(MEMBERS, network=office, attached=cards)
+    assert_golden(group_text.groups(members, [*PORTS, unknown], table="atoll-groups"), "groups-office.txt")
 
 
 def assert_golden(text: str, name: str) -> None:

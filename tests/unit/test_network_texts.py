@@ -14,10 +14,9 @@ from msgspec.structs import replace
 from atoll.cli.options import parse_nics, parse_percent, parse_rate
 from atoll.errors import AlreadyExists, InvalidInput, NotFound, WrongState
 from atoll.host import host_bridge, link_text, network_text
-from atoll.host.host_bridge import HostTap
 from atoll.host.link_text import Link, Port
 from atoll.model import subnets
-from atoll.model.network import Attached, Impairment, Network
+from atoll.model.network import Attached, Impairment, Members, Network
 from atoll.model.requests import CreateRequest, NicRequest
 from atoll.model.spec import NicSpec, PortSpec, VmSpec
 from atoll.model.vm import Vm
@@ -40,6 +39,7 @@ CARDS = [
     Attached(vm_id="b", vm="web", nic="net1", mac="52:54:00:00:00:02", address="10.213.0.3"),
 ]
 LAB6 = replace(LAB, id="3" * 32, name="lab6", subnet6="fd5a:1:2:3::/64")
+WAN6 = replace(WAN, id="4" * 32, name="wan6", subnet6="fd5a:1:2:3::/64")
 CARDS6 = [replace(card, address6=subnets.address6("fd5a:1:2:3::/64", card.mac)) for card in CARDS]
 PORTS = [Port(tap=f"t{number}", mac=card.mac, address=card.address) for number, card in enumerate(CARDS)]
 CABLE = Link(name="t1", index=4, mac=PORTS[1].mac, address=PORTS[1].address)
@@ -70,7 +70,7 @@ def told(network: Network) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("network", [LAB, LAB6, WAN], ids=lambda network: str(network.name))
+@pytest.mark.parametrize("network", [LAB, LAB6, WAN, WAN6], ids=lambda network: str(network.name))
 def test_what_programs_are_told(network: Network) -> None:
     text = "".join(f"== {name}\n{content}" for name, content in told(network).items())
     golden = GOLDEN / f"network-{network.name}.txt"
@@ -232,13 +232,13 @@ def test_each_address_is_recorded_once(tmp_path: Path) -> None:
 
 
 def test_guards_on_a_bridge_of_the_computer_speak_of_our_taps_only() -> None:
-    free, fixed = HostTap(tap="at1", mac=CARDS[0].mac), HostTap(tap="at2", mac=CARDS[1].mac, address="192.0.2.9")
+    free, fixed = Port(tap="at1", mac=CARDS[0].mac, address=""), Port(tap="at2", mac=CARDS[1].mac, address="192.0.2.9")
     office = replace(LAB, mode="bridge", bridge="br7", subnet="", gateway="", domain="")
     text = "".join(
         f"== {name}\n{content}"
         for name, content in {
-            "guards": host_bridge.guards(office.id, [free, fixed]),
-            "without": host_bridge.guards(office.id, []),
+            "guards": host_bridge.guards(office.id, [free, fixed], {fixed.mac: 125000}),
+            "without": host_bridge.rules(Members(network=office), [], b""),
             "joined": host_bridge.joined(office, fixed, mtu=9000),
         }.items()
     )

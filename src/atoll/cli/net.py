@@ -47,7 +47,7 @@ net_command.add_command(group_command)
 )  # fmt: skip
 @click.option("--bridge", metavar="BRIDGE", help="That bridge, such as br0.")
 @click.option("--subnet", metavar="CIDR", help="Its addresses, such as 10.20.30.0/24 (default: a free one).")
-@click.option("--ipv6", is_flag=True, help="Give its VMs IPv6 addresses as well, to reach each other by.")
+@click.option("--ipv6", is_flag=True, help="Give its VMs IPv6 addresses as well; in mode nat also a way out by it.")
 @click.option("--dns-domain", metavar="DOMAIN", help="VMs are VM.DOMAIN on it (default: NAME.atoll).")
 @format_option
 def create(name: str, format: Format, **options: Any) -> None:
@@ -142,6 +142,7 @@ def show(network: str, format: Format) -> None:
         ("Own address", found.network.gateway),
         ("Domain", found.network.domain),
         ("VMs", "\n".join(cards)),
+        ("Trouble", "\n".join(found.troubles)),
     ]
     print_description([pair for pair in pairs if pair[1]])
 

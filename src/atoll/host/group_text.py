@@ -1,5 +1,8 @@
 """What nft is told of security groups. Pure: golden files check it.
 
+On networks of ours a card without a group isn't spoken of. On a bridge of this computer's strangers are on the wire, so
+there such a card lets in its neighbours and answers only.
+
 Bridges know no connections without a module that few kernels have, so each card has sets of its own in which the
 kernel notes what it has let through: what was opened by the guest, what by others, pings, and packets in pieces. An
 answer is what fits a note. The table's rules are made anew in one transaction, while its notes stay.
@@ -21,6 +24,16 @@ them harms itself only.
 """
 KNOWN_TIME = "1h"
 """How long a TCP connection may be silent. After that its guest has to speak first."""
+
+
+NEEDED = (
+    "ether type arp accept",
+    # Of DHCPv6, whose servers are asked by multicast; and what keeps multicast, so neighbour discovery, alive.
+    "ether type ip6 udp sport 547 udp dport 546 accept",
+    "ether type ip6 icmpv6 type mld-listener-query accept",
+    "ether type ip meta l4proto igmp accept",
+)
+"""What each guest on a network with strangers needs to hear, besides what all guests do."""
 
 
 class Family(Struct, frozen=True, kw_only=True):
@@ -63,29 +76,63 @@ IPV6 = Family(
 )
 
 
-def groups(members: Members, ports: Iterable[Port], there: bytes = b"") -> str:
+class Where(Struct, frozen=True, kw_only=True):
+    """A network, as rules see it."""
+
+    members: Members
+    taps: dict[str, str]
+    """Of all its cards that are here, by hardware address."""
+
+    @property
+    def shared(self) -> bool:
+        """With strangers, on a bridge of this computer's."""
+        return self.members.network.mode == "bridge"
+
+
+def groups(members: Members, ports: Sequence[Port], there: bytes = b"", *, table: str = TABLE) -> str:
     """For nft: the table that lets to and from each card what its groups say. `there` is what `nft -j` tells of the
     one before, whose notes on cards that are gone go, too.
     """
-    cards = {each.mac: each for each in members.attached if each.groups}
-    kept = [(port, cards[port.mac]) for port in ports if port.mac in cards]
+    where = Where(members=members, taps={port.mac: port.tap for port in ports})
+    named = {each.mac: each.groups for each in members.attached if each.groups}
+    kept = [(port.tap, named.get(port.mac, ())) for port in ports if where.shared or port.mac in named]
     if not kept:
-        return f"table bridge {TABLE}\ndelete table bridge {TABLE}\n"
-    present = {port.tap for port, _ in kept}
+        return f"table bridge {table}\ndelete table bridge {table}\n"
+    taps = [tap for tap, _ in kept]
     gone = [
-        f"delete {kind} bridge {TABLE} {name}\n"
-        for kind, name in _parts(there)
-        if name.rpartition("_")[2] not in present
+        f"delete {kind} bridge {table} {name}\n" for kind, name in _parts(there) if name.rpartition("_")[2] not in taps
     ]
-    families = (IPV4, IPV6) if members.network.subnet6 else (IPV4,)
-    taps = [port.tap for port, _ in kept]
+    families = (IPV4, IPV6) if members.network.subnet6 or where.shared else (IPV4,)
     return (
-        f"table bridge {TABLE}\nflush table bridge {TABLE}\n{''.join(gone)}table bridge {TABLE} {{\n"
-        + "".join(_of_card(members, card, port.tap, family) for port, card in kept for family in families)
-        + _door("from_guests", "prerouting", -290, [_to_chains(family, "iifname", "out", taps) for family in families])
-        + _door("to_guests", "postrouting", 10, [_to_chains(family, "oifname", "in", taps) for family in families])
+        f"table bridge {table}\nflush table bridge {table}\n{''.join(gone)}table bridge {table} {{\n"
+        + "".join(_of_card(where, of_card, tap, family) for tap, of_card in kept for family in families)
+        + (_doors_shared if where.shared else _doors)(taps, families)
         + "}\n"
     )
+
+
+def _doors(taps: Sequence[str], families: Sequence[Family]) -> str:
+    out, into = _ways(taps, families)
+    return _door("from_guests", "prerouting", -290, out) + _door("to_guests", "postrouting", 10, into)
+
+
+def _doors_shared(taps: Sequence[str], families: Sequence[Family]) -> str:
+    """Where a frame comes from and goes to is known together only while it is forwarded. What comes from, or goes to,
+    this computer isn't.
+    """
+    out, into = _ways(taps, families)
+    into = [f"oifname != {_these(taps)} accept", *NEEDED, "ether type != { ip, ip6 } drop", *into]
+    return (
+        _door("from_guests", "forward", -10, out)
+        + _door("from_guests_to_host", "input", -10, out)
+        + _door("to_guests", "forward", 10, into)
+        + _door("to_guests_from_host", "output", 10, into)
+    )
+
+
+def _ways(taps: Sequence[str], families: Sequence[Family]) -> tuple[list[str], list[str]]:
+    out = [_to_chains(family, "iifname", "out", taps) for family in families]
+    return out, [_to_chains(family, "oifname", "in", taps) for family in families]
 
 
 def _parts(there: bytes) -> list[tuple[str, str]]:
@@ -103,7 +150,11 @@ def _door(name: str, hook: str, priority: int, lines: list[str]) -> str:
     return _chain(name, [f"type filter hook {hook} priority {priority};", *lines])
 
 
-def _to_chains(family: Family, which: str, direction: str, taps: list[str]) -> str:
+def _these(taps: Iterable[str]) -> str:
+    return f"{{ {', '.join(f'{chr(34)}{tap}{chr(34)}' for tap in taps)} }}"
+
+
+def _to_chains(family: Family, which: str, direction: str, taps: Sequence[str]) -> str:
     targets = ", ".join(f'"{tap}" : goto {direction}{family.mark}_{tap}' for tap in taps)
     return f"ether type {family.ip} {which} vmap {{ {targets} }}"
 
@@ -112,16 +163,14 @@ def _chain(name: str, lines: list[str]) -> str:
     return f"    chain {name} {{\n{''.join(f'        {line}{chr(10)}' for line in lines)}    }}\n"
 
 
-def _of_card(members: Members, card: Attached, tap: str, family: Family) -> str:
-    known = {group.name: group for group in members.groups}
-    rules = [rule for name in card.groups if name in known for rule in known[name].rules]
+def _of_card(where: Where, named: Sequence[str], tap: str, family: Family) -> str:
+    known = {group.name: group for group in where.members.groups}
+    rules = [rule for name in named if name in known for rule in known[name].rules]
     out, into = (
-        [line for rule in rules if rule.direction == direction for line in _rule(members, rule, family, tap)]
+        [line for rule in rules if rule.direction == direction for line in _rule(where, rule, family, tap)]
         for direction in ("out", "in")
     )
     of = f"{family.mark}_{tap}"
-    # Guests have addresses of the subnet only, or none yet, so what else comes does so through a published port.
-    published = [f"ip saddr != {{ 0.0.0.0, {members.network.subnet} }} goto pass_in{of}"] if family is IPV4 else []
     chains = {
         f"keep{of}": [f"{family.first_piece} update @pieces{of} {{ {family.piece} }}", "accept"],
         f"pass_out{of}": _noted("own", of, family, "daddr"),
@@ -131,11 +180,18 @@ def _of_card(members: Members, card: Attached, tap: str, family: Family) -> str:
             *_known(of, family, "saddr"),
             f"{family.icmp} type {{ {family.errors} }} accept",
             *into,
-            *published,
+            *(f"{match} goto pass_in{of}" for match in _let_in_besides(where, named, family)),
             "drop",
         ],
     }
     return _sets(of, family) + "".join(_chain(name, lines) for name, lines in chains.items())
+
+
+def _let_in_besides(where: Where, named: Sequence[str], family: Family) -> list[str]:
+    if where.shared:
+        return [] if named else [f"iifname {_these(where.taps.values())}"]
+    # Guests have addresses of the subnet only, or none yet, so what else comes does so through a published port.
+    return [f"ip saddr != {{ 0.0.0.0, {where.members.network.subnet} }}"] if family is IPV4 else []
 
 
 def _sets(of: str, family: Family) -> str:
@@ -192,7 +248,7 @@ def _noted(notes: str, of: str, family: Family, peer: str) -> list[str]:
     ]
 
 
-def _rule(members: Members, rule: Rule, family: Family, tap: str) -> list[str]:
+def _rule(where: Where, rule: Rule, family: Family, tap: str) -> list[str]:
     """As nft writes it; nothing when it means nobody."""
     match = []
     if rule.protocol == "icmp":
@@ -203,21 +259,31 @@ def _rule(members: Members, rule: Rule, family: Family, tap: str) -> list[str]:
     elif rule.protocol != ANY:
         match = [f"meta l4proto {rule.protocol}"]
     if rule.peer != ANY:
-        peers = [each for each in _addresses(members.attached, rule.peer) if (":" in each) is (family is IPV6)]
-        if not peers:
+        peer = _peer(where, rule, family)
+        if peer is None:
             return []
-        match.append(f"{family.ip} {'saddr' if rule.direction == 'in' else 'daddr'} {{ {', '.join(peers)} }}")
+        match.append(peer)
     passed = f"goto pass_{rule.direction}{family.mark}_{tap}"
     return [" ".join([*match, "drop" if rule.action == "deny" else passed])]
 
 
-def _addresses(attached: Sequence[Attached], peer: str) -> list[str]:
-    """Who is meant, of those on the network."""
+def _peer(where: Where, rule: Rule, family: Family) -> str | None:
+    """Whom a rule means, of those that are there. Addresses that aren't ours to give are nobody's: cables are."""
+    side, cable = ("saddr", "iifname") if rule.direction == "in" else ("daddr", "oifname")
+    cards = _meant(where.members.attached, rule.peer)
+    if cards is not None and where.shared:
+        taps = [where.taps[card.mac] for card in cards if card.mac in where.taps]
+        return f"{cable} {_these(taps)}" if taps else None
+    peers = [rule.peer] if cards is None else [each for card in cards for each in (card.address, card.address6)]
+    fit = [each for each in peers if each and (":" in each) is (family is IPV6)]
+    return f"{family.ip} {side} {{ {', '.join(fit)} }}" if fit else None
+
+
+def _meant(attached: Sequence[Attached], peer: str) -> list[Attached] | None:
+    """The cards that a rule means; None where it means addresses."""
     if peer.startswith(GROUP):
-        meant = [each for each in attached if peer.removeprefix(GROUP) in each.groups]
-    elif peer.startswith(LABEL):
+        return [each for each in attached if peer.removeprefix(GROUP) in each.groups]
+    if peer.startswith(LABEL):
         key, equals, value = peer.removeprefix(LABEL).partition("=")
-        meant = [each for each in attached if (each.labels.get(key) == value if equals else key in each.labels)]
-    else:
-        return [peer]
-    return [address for each in meant for address in (each.address, each.address6) if address]
+        return [each for each in attached if (each.labels.get(key) == value if equals else key in each.labels)]
+    return None

@@ -1,42 +1,46 @@
 """Networks of mode bridge: taps of VMs on a bridge that this computer has anyway. Root only.
 
-Nothing but our taps and one nft table that names them is ours there. The table goes with the last tap. What is there is
-asked: the alias of a tap says whose it is and what its card may say.
+Nothing but our taps and two nft tables that name them is ours there: guards, and what groups say, which keeps its
+notes when it is made anew. They go with the last tap. What is there is asked: the alias of a tap says whose it is and
+what its card may say.
 """
 
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
-
 from atoll.errors import NetworkFailed, NotFound, ProcessFailed
 from atoll.host import namespace, process
-from atoll.host.link_text import Counted, counted
-from atoll.model.network import Network
+from atoll.host.group_text import groups
+from atoll.host.link_text import Counted, Port, counted
+from atoll.host.network_text import impaired
+from atoll.model.network import Members, Network
 
 TAP = "at"
 """What the names of our taps begin with here, for people."""
-
-
-class HostTap(Struct, frozen=True, kw_only=True):
-    """A tap of ours, and what may come out of it: of a card without an address any."""
-
-    tap: str
-    mac: str
-    address: str = ""
 
 
 def mark(network_id: str) -> str:
     return f"atoll-{network_id}"
 
 
-def guards(network_id: str, taps: Sequence[HostTap]) -> str:
+def group_table(network_id: str) -> str:
+    return f"{mark(network_id)}-groups"
+
+
+def rules(members: Members, taps: Sequence[Port], there: bytes) -> str:
+    """For nft: our tables as they shall be. `there` is what `nft -j` tells of that of groups."""
+    network_id = members.network.id
+    limits = {each.mac: each.limit for each in members.attached}
+    return guards(network_id, taps, limits) + groups(members, taps, there, table=group_table(network_id))
+
+
+def guards(network_id: str, taps: Sequence[Port], limits: Mapping[str, int]) -> str:
     """For nft: a table for our taps; it takes the place of the one before, and isn't there without taps. What isn't
-    from them passes untouched.
+    from them passes untouched. Cards that have a limit, by their hardware addresses, have it here.
     """
     table = f"table bridge {mark(network_id)}"
     gone = f"{table}\ndelete {table}\n"
@@ -64,17 +68,17 @@ def guards(network_id: str, taps: Sequence[HostTap]) -> str:
         type filter hook prerouting priority -300; policy accept;
         iifname != {{ {names} }} accept
         iifname . ether saddr != @macs drop
-        ether type {{ 8021q, 8021ad }} drop
+        ether type != {{ arp, ip, ip6 }} drop
         ether type arp iifname . arp saddr ether != @macs drop
         ether type ip udp sport 67 drop
         ether type ip6 udp sport 547 drop
         ether type ip6 icmpv6 type {{ nd-router-advert, nd-redirect }} drop{of_fixed if fixed else ""}
     }}
-}}
+{impaired(taps, (), limits)}}}
 """
 
 
-def joined(network: Network, tap: HostTap, *, mtu: int) -> str:
+def joined(network: Network, tap: Port, *, mtu: int) -> str:
     """For `ip -batch`. A bridge takes the lowest hardware address of its ports and the smallest MTU: ours change
     neither.
     """
@@ -84,9 +88,9 @@ link set {tap.tap} master {network.bridge} up
 """
 
 
-def taps_of(network_id: str, shown: bytes) -> list[HostTap]:
+def taps_of(network_id: str, shown: bytes) -> list[Port]:
     """From `ip -j link show type tun`."""
-    return [HostTap(tap=link["ifname"], mac=mac, address=address) for link, mac, address in _ours(network_id, shown)]
+    return [Port(tap=link["ifname"], mac=mac, address=address) for link, mac, address in _ours(network_id, shown)]
 
 
 def _ours(network_id: str, shown: bytes) -> list[tuple[dict[str, Any], str, str]]:
@@ -117,44 +121,47 @@ async def check(bridge: str) -> int:
     return there[bridge]
 
 
-async def add_tap(network: Network, mac: str, address: str) -> int:
+async def add_tap(members: Members, mac: str, address: str) -> int:
     """A tap on the bridge, guarded, as an open descriptor: it goes with that. Raises `NotFound`, `NetworkFailed`."""
+    network = members.network
     mtu = await check(network.bridge)
-    tap = HostTap(tap=f"{TAP}{secrets.token_hex(6)}", mac=mac, address=address)
+    tap = Port(tap=f"{TAP}{secrets.token_hex(6)}", mac=mac, address=address)
     try:
         descriptor = namespace.make_tap(tap.tap)
     except OSError as error:
         raise NetworkFailed("a network tap can't be made", str(error), "Run `atoll doctor`.") from error
     try:
         # Guarded first: nothing that it says passes before.
-        await _guard(network.id, [*await _taps(network.id), tap])
+        await _guard(members, [*await _taps(network.id), tap])
         await process.run(["ip", "-batch", "-"], stdin=joined(network, tap, mtu=mtu).encode())
     except BaseException:
         os.close(descriptor)
-        await mend(network.id)
+        await mend(members)
         raise
     return descriptor
 
 
-async def mend(network_id: str) -> None:
-    """Guards for the taps that there are, and none without; idempotent."""
-    await _guard(network_id, await _taps(network_id))
+async def mend(members: Members) -> None:
+    """Rules as they shall be for the taps that there are, and none without; idempotent."""
+    await _guard(members, await _taps(members.network.id))
 
 
-async def end(network_id: str) -> None:
+async def end(network: Network) -> None:
     """Take it all away, also the cables of guests that don't let go of their cards; idempotent."""
-    for tap in await _taps(network_id):
+    for tap in await _taps(network.id):
         await process.run(["ip", "link", "delete", tap.tap], check=False)
-    await _guard(network_id, [])
+    await _guard(Members(network=network), [])
 
 
-async def _taps(network_id: str) -> list[HostTap]:
+async def _taps(network_id: str) -> list[Port]:
     return taps_of(network_id, (await process.run(["ip", "-j", "link", "show", "type", "tun"])).stdout)
 
 
-async def _guard(network_id: str, taps: Sequence[HostTap]) -> None:
+async def _guard(members: Members, taps: Sequence[Port]) -> None:
+    table = group_table(members.network.id)
+    there = await process.run(["nft", "-t", "-j", "list", "table", "bridge", table], check=False)
     try:
-        await process.run(["nft", "-f", "-"], stdin=guards(network_id, taps).encode())
+        await process.run(["nft", "-f", "-"], stdin=rules(members, taps, there.stdout).encode())
     except ProcessFailed as error:
         raise NetworkFailed("VMs on a bridge can't be guarded", error.why, "Run `atoll doctor`.") from error
 

@@ -39,17 +39,14 @@ async def ensure(members: Members, paths: NetworkPaths) -> int:
     else:
         await tell(members, paths)
     if members.network.mode == "nat":
-        await uplink.ensure(paths, holder.pid)
+        await uplink.ensure(paths, holder.pid, ipv6=members.network.subnet6 is not None)
     return holder.pid
 
 
 def _write_all(members: Members, paths: NetworkPaths) -> None:
     network, attached = members.network, members.attached
-    files.make_folder(paths.names)
-    # dnsmasq is another user; the folder that this is in keeps the others out.
-    paths.names.chmod(0o755)
-    for of_before in (paths.impairments, paths.policy):
-        of_before.unlink(missing_ok=True)
+    _make_folder_of_names(paths)
+    paths.impairments.unlink(missing_ok=True)
     with contextlib.suppress(FileExistsError):
         os.mkfifo(paths.alive, 0o600)
     with contextlib.suppress(FileNotFoundError):
@@ -61,11 +58,18 @@ def _write_all(members: Members, paths: NetworkPaths) -> None:
         paths.hosts: network_text.hosts(network, attached),
         paths.leases: network_text.leases(attached),
         paths.dns: network_text.dns(network, hosts=str(paths.hosts), upstream=dns),
+        paths.policy: "",
         paths.dhcp: network_text.dhcp(network, leases=str(paths.leases)),
     }
     for path, text in texts.items():
         path.write_text(text)
         path.chmod(0o644)
+
+
+def _make_folder_of_names(paths: NetworkPaths) -> None:
+    files.make_folder(paths.names)
+    # dnsmasq is another user; the folder that this is in keeps the others out.
+    paths.names.chmod(0o755)
 
 
 async def tell(members: Members, paths: NetworkPaths) -> None:
@@ -78,12 +82,16 @@ async def tell(members: Members, paths: NetworkPaths) -> None:
         return
     policy = _policy(members)
     if policy != _told_policy(paths):
+        # Until it is known what holds: a full disk, or a kill, may keep the note from being written.
+        paths.policy.unlink(missing_ok=True)
         await _guard(holder.pid, paths, members)
         files.write_atomically(paths.policy, policy)
     network, attached = members.network, members.attached
     texts = {paths.hosts: network_text.hosts(network, attached), paths.leases: network_text.leases(attached)}
     if all(path.exists() and path.read_text() == text for path, text in texts.items()):
         return
+    # An older build's network has none.
+    _make_folder_of_names(paths)
     for path, text in texts.items():
         files.write_atomically(path, text.encode(), mode=0o644)
     namespace.read_again(network.id, paths, holder.pid)
@@ -103,11 +111,12 @@ def _policy(members: Members) -> bytes:
     return msgspec.json.encode((members.attached, members.groups)) if ruled else b""
 
 
-def _told_policy(paths: NetworkPaths) -> bytes:
+def _told_policy(paths: NetworkPaths) -> bytes | None:
+    """What the rules that hold were made from; None when that isn't known."""
     try:
         return paths.policy.read_bytes()
     except FileNotFoundError:
-        return b""
+        return None
 
 
 async def add_tap(holder: int, paths: NetworkPaths, members: Members, *, mac: str, address: str) -> int:
@@ -193,5 +202,6 @@ def end(network_id: str, paths: NetworkPaths) -> None:
     import shutil
 
     cables.end(paths)
+    uplink.end(paths)
     namespace.end(network_id, paths)
     shutil.rmtree(paths.run, ignore_errors=True)

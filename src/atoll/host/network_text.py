@@ -32,6 +32,7 @@ def rules(network: Network) -> str:
 
     From VM to VM goes here only where somebody (Docker does) has loaded br_netfilter.
     """
+    out6 = network.mode == "nat" and network.subnet6 is not None
     return f"""table inet atoll {{
     chain input {{
         type filter hook input priority filter; policy drop;
@@ -49,13 +50,26 @@ def rules(network: Network) -> str:
         iifname "{PRIVATE}*" oifname "{PRIVATE}*" accept
         iifname "{BRIDGE}" oifname "{UPLINK}" ip saddr {network.subnet} accept
         iifname "{UPLINK}" oifname "{BRIDGE}" ip daddr {network.subnet} accept
-    }}
-    chain out {{
+{_FORWARD6.format(subnet6=network.subnet6) if out6 else ""}    }}
+{_LOOPBACK6 if out6 else ""}    chain out {{
         type nat hook postrouting priority srcnat;
         oifname "{UPLINK}" masquerade
     }}
 }}
 {guards([])}"""
+
+
+_FORWARD6 = f'        iifname "{BRIDGE}" oifname "{UPLINK}" ip6 saddr {{subnet6}} accept\n'
+_LOOPBACK6 = f"""    chain uplink {{
+        type filter hook postrouting priority filter;
+        oifname != "{UPLINK}" accept
+        icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
+        ip6 daddr {{ ::/64, 64:ff9b::/104, 64:ff9b::7f00:0/104, fd00::/64, fe80::/10, ff00::/8 }} drop
+    }}
+"""
+"""Slirp connects to whatever address it is told, also to this computer's loopback: as ::1, as an IPv4 address written
+as an IPv6 one, and as any address of its own subnet, fd00::/64, or link.
+"""
 
 
 def guards(
@@ -96,7 +110,7 @@ table bridge atoll {{
         ether type ip ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
         ether type ip iifname . ether saddr . ip saddr @addresses accept
 {rules6}    }}
-{_impaired(ports, impairments, limits or {})}}}
+{impaired(ports, impairments, limits or {})}}}
 """
 
 
@@ -126,7 +140,7 @@ def _guards6(ports: Sequence[Port]) -> tuple[str, str]:
     return sets, rules
 
 
-def _impaired(ports: Sequence[Port], impairments: Sequence[Impairment], limits: Mapping[str, int]) -> str:
+def impaired(ports: Sequence[Port], impairments: Sequence[Impairment], limits: Mapping[str, int]) -> str:
     """Chains for what is lost on the way, before the guards and behind the bridge; nothing when nothing is."""
     taps: dict[str, list[str]] = {}
     for port in ports:
@@ -192,14 +206,15 @@ domain={network.domain}
 dhcp-option=option:dns-server,{network.gateway}
 dhcp-option=option:domain-search,{network.domain}
 {"dhcp-option=option:router" if network.mode == "private" else ""}
-{_router6(network.subnet6) if network.subnet6 else ""}"""
+{_router6(network) if network.subnet6 else ""}"""
 
 
-def _router6(subnet6: str) -> str:
-    """Guests make their addresses of this prefix. No way leads out by it, so the router is nobody's default."""
+def _router6(network: Network) -> str:
+    """Guests make their addresses of this prefix. Where no way leads out by it, the router is nobody's default."""
+    assert network.subnet6 is not None
     return f"""enable-ra
-ra-param={BRIDGE},60,0
-dhcp-range={subnet6.partition("/")[0]},ra-only,64,infinite
+ra-param={BRIDGE},60,{1800 if network.mode == "nat" else 0}
+dhcp-range={network.subnet6.partition("/")[0]},ra-only,64,infinite
 """
 
 

@@ -8,7 +8,7 @@ import contextlib
 import os
 
 from atoll.errors import NetworkFailed
-from atoll.host import helper_jail, namespace, process, slirp
+from atoll.host import cgroups, facts, helper_jail, namespace, process, slirp
 from atoll.host.link_text import UPLINK
 from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
@@ -17,25 +17,39 @@ from atoll.model.spec import PortSpec
 READY_TIME = 20.0
 DNS = "198.19.255.3"
 """Where slirp4netns answers for names, as the computer's own resolver would."""
+_LINKS6 = f"addr replace fd00::100/64 dev {UPLINK} nodad\nroute replace default via fd00::2 dev {UPLINK}\n"
+"""Slirp's own subnet, and its place there."""
 _SUBNET, _LARGEST_PACKET = "198.19.255.0/24", "65520"
 
 
-async def ensure(paths: NetworkPaths, holder: int) -> None:
+async def ensure(paths: NetworkPaths, holder: int, *, ipv6: bool) -> None:
     """Start the uplink unless it is there. Raises `NetworkFailed`, `MissingTool`."""
     if slirp.listener(paths.uplink) is not None:
         return
+    _end_strays(paths, holder)
     ready, told = os.pipe()
     try:
-        _start(paths, holder, told)
+        _start(paths, holder, told, ipv6=ipv6)
         if not await namespace.says(ready, b"1", READY_TIME):
             raise NetworkFailed("a network has no way out", namespace.last_line(paths.log), f"See {paths.log}.")
     finally:
         os.close(ready)
-    # slirp4netns asks for VMs as for neighbours; so published ports need no translation of addresses.
-    await namespace.run(holder, "sh", "-c", f"echo 1 >/proc/sys/net/ipv4/conf/{UPLINK}/proxy_arp")
+    if ipv6:
+        # It leaves these to router advertisements, which the network's own router doesn't take.
+        await namespace.run(holder, "ip", "-6", "-batch", "-", stdin=_LINKS6)
 
 
-def _start(paths: NetworkPaths, holder: int, told: int) -> None:
+def _end_strays(paths: NetworkPaths, holder: int) -> None:
+    """One that a killed command has left on its way up would still take the name of our link."""
+    ids = helper_jail.uplink_ids(paths.run.name, holder)
+    namespace.end_all(facts.scan_for(_api_socket(paths), also_user=ids.user if ids else None))
+
+
+def _api_socket(paths: NetworkPaths) -> str:
+    return f"--api-socket={paths.uplink.name}"
+
+
+def _start(paths: NetworkPaths, holder: int, told: int, *, ipv6: bool) -> None:
     """It says `1` on `told` when it is ready.
 
     Its own sandbox takes the place of the jail's root, and drops what the jail leaves it for opening its tap.
@@ -51,7 +65,8 @@ def _start(paths: NetworkPaths, holder: int, told: int) -> None:
         stack.callback(os.close, net)
         log = stack.enter_context(paths.log.open("ab"))
         argv = [binary, "--netns-type=path", "--configure", f"--mtu={_LARGEST_PACKET}", f"--cidr={_SUBNET}"]
-        argv += ["--disable-host-loopback", "--enable-sandbox", "--enable-seccomp", f"--api-socket={paths.uplink.name}"]
+        argv += ["--disable-host-loopback", "--enable-sandbox", "--enable-seccomp", _api_socket(paths)]
+        argv += ["--enable-ipv6"] if ipv6 else []
         argv += [f"--exit-fd={alive}", f"--ready-fd={told}", f"/proc/self/fd/{net}", UPLINK]
         program = Program(
             argv=tuple(argv),
@@ -60,7 +75,18 @@ def _start(paths: NetworkPaths, holder: int, told: int) -> None:
             output=log.fileno(),
             folder=str(folder),
         )
-        spawn(program, helper_jail.for_uplink(binary, holder=holder, folder=folder))
+        network_id = paths.run.name
+        jail = helper_jail.for_uplink(
+            binary, network_id=network_id, holder=holder, folder=folder, groups=cgroups.entrances(network_id)
+        )
+        spawn(program, jail)
+
+
+def end(paths: NetworkPaths) -> None:
+    """It would end by itself, a moment after the network."""
+    pid = slirp.listener(paths.uplink)
+    if pid is not None:
+        namespace.end_all([pid])
 
 
 async def published(paths: NetworkPaths) -> list[tuple[str, PortSpec]]:

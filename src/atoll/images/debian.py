@@ -108,8 +108,10 @@ async def _bootstrap(plan: _Plan, origin: Origin, archive: Archive, report: Repo
     # without the path of this machine's keyring.
     sources = [line for line in archive.sources if "backports" not in line]
     settings = [f"--aptopt={line}" for line in origin.settings]
+    # What root's build mounts goes with it, however it ends; a user's has a namespace of its own anyway.
+    own_mounts = ["unshare", "--mount"] if os.getuid() == 0 else []
     argv = [
-        "mmdebstrap", "--variant=minbase", f"--architectures={DPKG_ARCH[plan.arch]}",
+        *own_mounts, "mmdebstrap", "--variant=minbase", f"--architectures={DPKG_ARCH[plan.arch]}",
         f"--include={','.join((*_PACKAGES, _KERNELS[plan.arch]))}",
         *settings, '--aptopt=APT::Install-Recommends "false"',
         "--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*",

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from atoll.host import facts
 from atoll.host.watch import changes, wait_for_exit
 from atoll.model.vm import Event, Vm
-from atoll.operations import observe
+from atoll.operations import networks, observe
 from atoll.operations.services import Services
 
 
@@ -55,4 +55,5 @@ async def _record_its_end(services: Services, vm: Vm, wake: asyncio.Event) -> No
         current = services.records.vm(vm.id)
         if current is not None and current.run == vm.run:
             observe.record_end(services, current)
+            await networks.mend_left(services)
     wake.set()

@@ -8,6 +8,7 @@
 Layers and files that nothing needs are removed by `prune` under the lock that `adopt` and `create` hold.
 """
 
+import asyncio
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from msgspec.structs import replace
 
 from atoll.errors import NotFound, WrongState, from_os_error
 from atoll.host import files
+from atoll.host.orphans import end_orphans_of
 from atoll.images.made import Made
 from atoll.model.image import Image, Layer
 from atoll.model.names import check_image_name
@@ -93,8 +95,7 @@ def _folder(context: Context[MakeRequest]) -> Path:
 
 async def _make(context: Context[MakeRequest]) -> None:
     folder = _folder(context)
-    if folder.exists():
-        shutil.rmtree(folder)
+    await _remove_folder(context)
     files.make_folder(folder)
     try:
         made = await _maker(context, folder)
@@ -131,7 +132,9 @@ def _noted(made: Made, folder: Path) -> dict[str, Any]:
 async def _remove_folder(context: Context[MakeRequest]) -> None:
     folder = _folder(context)
     if folder.exists():
-        shutil.rmtree(folder)
+        # What a killed command had begun goes on writing there.
+        await asyncio.to_thread(end_orphans_of, folder)
+        await asyncio.to_thread(shutil.rmtree, folder)
 
 
 async def _adopt(context: Context[MakeRequest]) -> None:

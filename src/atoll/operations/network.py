@@ -184,7 +184,7 @@ async def _end(context: Context[RemoveNetworkRequest]) -> None:
 
     async with locked(context.services, [context.subject]):
         if context.request.network.mode == "bridge":
-            await host_bridge.end(context.subject)
+            await host_bridge.end(context.request.network)
         else:
             world.end(context.subject, context.services.layout.network(context.subject))
     context.services.records.add_event("network.removed", name=context.request.network.name)

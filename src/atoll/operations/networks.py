@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 
 from msgspec.structs import replace
 
-from atoll.errors import InvalidInput, NotFound
+from atoll.errors import AtollError, InvalidInput, NotFound
 from atoll.model.names import find
 from atoll.model.network import Attached, Members, Network, NetworkInfo
 from atoll.model.spec import NOWHERE, NicSpec, VmSpec
@@ -141,15 +141,29 @@ async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
     assert nic.network is not None
     async with locked(services, [nic.network]):
         network = network_of(services, nic.network)
+        members = members_of(services, network)
         if network.mode == "bridge":
-            return await host_bridge.add_tap(network, nic.mac, nic.address or "")
+            return await host_bridge.add_tap(members, nic.mac, nic.address or "")
         assert nic.address is not None
         paths = services.layout.network(network.id)
-        members = members_of(services, network)
-        holder = await world.ensure(members, paths)
+        holder = await up(services, network)
         if network.mode == "nat":
             await network_ports.publish_all(paths, vm.name, nic)
-        return await world.add_tap(holder, paths, members, mac=nic.mac, address=nic.address)
+        return await world.add_tap(holder, paths, members_of(services, network), mac=nic.mac, address=nic.address)
+
+
+async def up(services: Services, network: Network) -> int:
+    """Bring a network up where it isn't, with the ports of VMs that run; returns its holder's pid. The caller holds its
+    lock. Raises `NetworkFailed`, `MissingTool`.
+    """
+    from atoll.host import network as world
+    from atoll.operations import network_ports
+
+    paths = services.layout.network(network.id)
+    holder = await world.ensure(members_of(services, network), paths)
+    if network.mode == "nat":
+        await network_ports.publish_again(services, network)
+    return holder
 
 
 def card_of(
@@ -183,12 +197,19 @@ async def tell_names(services: Services, network_ids: Iterable[str]) -> None:
     await mend_bridges(services, ids)
 
 
+async def mend_left(services: Services) -> None:
+    """After VMs have ended by themselves. Where it can't be done, the next that starts or ends there does it."""
+    left, services.bridges_left = services.bridges_left, set()
+    with contextlib.suppress(AtollError):
+        await mend_bridges(services, left)
+
+
 async def mend_bridges(services: Services, network_ids: Iterable[str]) -> None:
-    """After taps have gone: what this computer's own bridges have of them goes, too."""
+    """After taps have gone, or rules were changed: this computer's own bridges have the rules that shall hold."""
     for each in network_ids:
         network = services.records.network(each)
         if network is not None and network.mode == "bridge":
             from atoll.host import host_bridge
 
             async with locked(services, [each]):
-                await host_bridge.mend(each)
+                await host_bridge.mend(members_of(services, network))

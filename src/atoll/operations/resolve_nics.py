@@ -55,22 +55,11 @@ def card(request: NicRequest, networks: Sequence[Network], there: Sequence[NicSp
     network = find(request.network, networks, "network")
     if any(nic.network == network.id for nic in there):
         raise AlreadyExists(f"it is on the network '{network.name}' already", "a VM has one card on each")
-    check_ruled(network, request.groups, request.limit)
     address = None if request.address is None else subnets.check_address(network, request.address)
     return NicSpec(
         name=f"net{number}", mac=mac, network=network.id, address=address,
         groups=check_groups(request.groups), limit=check_limit(request.limit),
     )  # fmt: skip
-
-
-def check_ruled(network: Network, groups: Sequence[str], limit: int) -> None:
-    """Raises `InvalidInput` where cards have neither groups nor a limit."""
-    if network.mode == "bridge" and (groups or limit):
-        raise InvalidInput(
-            f"cards on '{network.name}' have no groups and no limit",
-            "it is a bridge of this computer's, whose network has rules of its own",
-            "Use a network of mode private or nat.",
-        )
 
 
 def check_groups(names: Sequence[str]) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ class Services:
     def __init__(self, layout: Layout | None = None) -> None:
         self.layout = layout or layouts.find()
         self._later: set[asyncio.Task[None]] = set()
+        self.bridges_left: set[str] = set()
+        """Networks of mode bridge with rules for cables of VMs that have ended by themselves."""
 
     def later(self, work: "Coroutine[Any, Any, None]") -> None:
         """Do something that nobody has to wait for, and that may be left undone; bounded in time by itself."""

@@ -31,7 +31,14 @@ def list_now(layout: Layout | None = None) -> tuple[list[VmInfo], list[str]]:
     services = Services(layout)
     try:
         notices = _recover_now(services)
-        return observe.list_vms(services), notices
+        vms = observe.list_vms(services)
+        if services.bridges_left:
+            import asyncio
+
+            from atoll.operations import networks
+
+            asyncio.run(networks.mend_left(services))
+        return vms, notices
     finally:
         services.close()
 
@@ -103,6 +110,10 @@ class LocalHost:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._services.finish()
+        if self._services.bridges_left:
+            from atoll.operations import networks
+
+            await networks.mend_left(self._services)
         self._services.close()
 
     def notices(self) -> list[str]:
