@@ -343,3 +343,14 @@ async def test_a_request_that_the_agents_end_cut_off_is_lost_and_told_so(host: L
         with pytest.raises(WrongState, match="the agent ended while"):
             await ask()
     assert (await host.ls())[0].phase is Phase.RUNNING
+
+
+async def test_a_shutdown_in_the_middle_of_a_boot_ends_that(host: LocalHost, layout: Layout) -> None:
+    for number in range(6):
+        await host.create("tiny", name=f"v{number}", memory="96MiB", autostart=True, boot_order=number)
+    async with agent(layout):
+        await happened(host, "vm.started")
+        await host.stop_all(timeout=30, for_shutdown=True)
+        await asyncio.sleep(5)
+        assert {each.phase for each in await host.ls()} == {Phase.STOPPED}
+        assert layout.booted.exists()

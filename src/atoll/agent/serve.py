@@ -79,7 +79,7 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
     """Serve until SIGTERM or SIGINT; what is at work then is undone."""
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
-        host = await stack.enter_async_context(LocalHost(layout))
+        host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True))
         state = stack.enter_context(contextlib.closing(State(layout.agent_state)))
         agent = Agent(host)
         agent.tasks.keep_in(state)

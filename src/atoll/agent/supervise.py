@@ -63,6 +63,9 @@ class Supervisor:
         self._work: dict[str, asyncio.Task[None]] = {}
         """One thing at a time for each VM."""
         self._logs = EngineLogs(services, state)
+        self._boot: asyncio.Task[None] | None = None
+        self._boot_is_over = False
+        """Somebody stops all VMs before those of the boot have started."""
         self._of_boot: set[str] = set()
         """VMs that are about to be started as this computer's boot wants it."""
 
@@ -83,12 +86,15 @@ class Supervisor:
         if not self._has_booted():
             belonging = [vm for vm in everyone if _returns_after_boot(vm)]
             self._of_boot = {vm.id for vm in belonging}
-            group.create_task(self._start_for_boot(belonging))
+            self._boot = group.create_task(self._start_for_boot(belonging))
         for info in infos:
             self._look_at(info.vm.id, crashed=info.phase is Phase.CRASHED)
         async for event in follow_events(self._services, after=last):
             if event.vm_id is not None:
                 self._on_event(event.kind, event.vm_id)
+            elif event.kind == "host.stopping" and self._boot is not None:
+                self._boot_is_over = True
+                self._boot.cancel()
 
     def _on_event(self, kind: str, vm_id: str) -> None:
         if kind in _BEGINNINGS and (vm := self._services.records.vm(vm_id)) is not None:
@@ -190,8 +196,13 @@ class Supervisor:
         That it is done is noted at the end: if the agent is killed on the way, the next one goes on with the rest.
         """
         ordered = sorted(belonging, key=lambda vm: vm.boot_order)
-        for _, group in groupby(ordered, key=lambda vm: vm.boot_order):
-            await asyncio.gather(*(self._start_one_for_boot(vm) for vm in group))
+        try:
+            for _, group in groupby(ordered, key=lambda vm: vm.boot_order):
+                await asyncio.gather(*(self._start_one_for_boot(vm) for vm in group))
+        except asyncio.CancelledError:
+            if not self._boot_is_over:
+                raise
+            self._of_boot.clear()
         files.make_folder(self._services.layout.run)
         files.write_atomically(self._services.layout.booted, facts.boot_id().encode())
 

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from asyncinotify import Inotify, Mask, Watch
 
@@ -37,21 +38,65 @@ async def changes(path: Path) -> AsyncIterator[None]:
     The first yield comes when the watch stands, so what is looked at then and later can't be missed.
     """
     make_folder(path.parent)
-    loop, readable = asyncio.get_running_loop(), asyncio.Event()
-    with Inotify(sync_timeout=0) as inotify:
-        # The folder is watched, so that a file that is replaced is seen too.
-        inotify.add_watch(path.parent, _CHANGES)
+    changed = asyncio.Event()
+    with _Folders.of_this_loop().listening(path, changed):
+        yield
+        while await changed.wait():
+            changed.clear()
+            yield
+
+
+class _Folders:
+    """All files that an event loop follows by name, through one descriptor: a user has 128 of that kind as a rule
+    (`fs.inotify.max_user_instances` in inotify(7)), and an agent has many followers.
+    """
+
+    _of: ClassVar[dict[asyncio.AbstractEventLoop, "_Folders"]] = {}
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._inotify = Inotify(sync_timeout=0)
+        self._listeners: dict[int, dict[asyncio.Event, str]] = {}
+        """By the folder's watch: whom to tell of which name."""
         # The library's own waiting logs an error when it is cancelled just as something comes.
-        loop.add_reader(inotify.fd, readable.set)
+        loop.add_reader(self._inotify.fd, self._read)
+
+    @classmethod
+    def of_this_loop(cls) -> "_Folders":
+        loop = asyncio.get_running_loop()
+        if loop not in cls._of:
+            cls._of[loop] = cls(loop)
+        return cls._of[loop]
+
+    @contextlib.contextmanager
+    def listening(self, path: Path, changed: asyncio.Event) -> Iterator[None]:
+        """Set `changed` at each change of the file. Its folder is watched, so one that is replaced is seen too."""
+        watch = self._inotify.add_watch(path.parent, _CHANGES)
+        self._listeners.setdefault(watch.wd, {})[changed] = path.name
         try:
             yield
-            while await readable.wait():
-                readable.clear()
-                while (event := inotify.sync_get()) is not None:
-                    if event.name is None or str(event.name) == path.name:
-                        yield
         finally:
-            loop.remove_reader(inotify.fd)
+            del self._listeners[watch.wd][changed]
+            if not self._listeners[watch.wd]:
+                del self._listeners[watch.wd]
+                with contextlib.suppress(OSError):  # The kernel takes it away with the folder.
+                    self._inotify.rm_watch(watch)
+            if not self._listeners:
+                self._close()
+
+    def _close(self) -> None:
+        del self._of[self._loop]
+        self._loop.remove_reader(self._inotify.fd)
+        self._inotify.close()
+
+    def _read(self) -> None:
+        while (event := self._inotify.sync_get()) is not None:
+            # Without a watch it is the news that some were lost.
+            told = [self._listeners.get(event.watch.wd, {})] if event.watch is not None else self._listeners.values()
+            for listeners in told:
+                for changed, name in listeners.items():
+                    if event.name is None or str(event.name) == name:
+                        changed.set()
 
 
 class Watches:

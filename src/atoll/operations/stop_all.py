@@ -20,6 +20,7 @@ from atoll.operations.services import Report, Services
 from atoll.operations.stop import stop
 from atoll.operations.suspend import suspend
 
+LOOKS = 3
 TO_ASK = 0.9
 """The part of a number's time in which guests are asked; then they are switched off."""
 
@@ -35,11 +36,26 @@ class StopAll(Struct, frozen=True, kw_only=True):
 
 
 async def stop_all(how: StopAll, *, services: Services, report: Report | None = None) -> list[Stopped]:
-    """Returns what became of each; none keeps the others from being stopped."""
+    """Returns what became of each; none keeps the others from being stopped.
+
+    What is about to start meanwhile is stopped as well: the agent starts nothing more for the computer's boot, and
+    whoever has started since is found by another look.
+    """
+    services.records.add_event("host.stopping", data={"for_shutdown": how.for_shutdown})
+    deadline = time.monotonic() + how.timeout
+    done: dict[str, Stopped] = {}
+    for _ in range(LOOKS):
+        found = await _stop_running(how, deadline, services=services, report=report)
+        if not found:
+            break
+        done |= {each.id: each for each in found}
+    return list(done.values())
+
+
+async def _stop_running(how: StopAll, deadline: float, *, services: Services, report: Report | None) -> list[Stopped]:
     vms = [info.vm for info in observe.list_vms(services) if _concerns(info.vm)]
     ordered = sorted(vms, key=lambda vm: -vm.boot_order)
     groups = [list(group) for _, group in groupby(ordered, key=lambda vm: vm.boot_order)]
-    deadline = time.monotonic() + how.timeout
     done: list[Stopped] = []
     for number, group in enumerate(groups):
         seconds = max(0.0, deadline - time.monotonic()) / (len(groups) - number)

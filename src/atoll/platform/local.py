@@ -76,8 +76,8 @@ async def _settle(services: Services) -> list[str]:
 class LocalHost:
     """This computer. An async context manager; opening it settles what killed commands have left."""
 
-    def __init__(self, layout: Layout | None = None) -> None:
-        self._services = Services(layout)
+    def __init__(self, layout: Layout | None = None, *, ends_noticed: bool = False) -> None:
+        self._services = Services(layout, ends_noticed=ends_noticed)
         self._notices: list[str] = []
 
     @property
