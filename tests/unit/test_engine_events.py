@@ -117,6 +117,15 @@ def test_a_state_that_cannot_be_read_is_begun_anew(tmp_path: Path) -> None:
     state = State(path)
     state.put_position("web", Position("run", 7, 9))
     assert state.position("web") == Position("run", 7, 9)
-    state.forget_position("web")
+    state.forget_positions_but({"db"})
     assert state.position("web") is None
     state.close()
+
+
+def test_an_agent_works_where_its_state_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "agent.db").mkdir()
+    state = State(tmp_path / "agent.db")
+    state.put_position("web", Position("run", 7, 9))
+    assert state.position("web") == Position("run", 7, 9)
+    state.close()
+    assert (tmp_path / "agent.db").is_dir()

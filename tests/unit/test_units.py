@@ -5,10 +5,12 @@ import socket
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from atoll.agent import units
+from atoll.cli.install import options_of
 from atoll.cli.main import cli
 from atoll.host.notify import notify
 
@@ -45,6 +47,22 @@ def test_units_are_written_told_and_removed(home: Path, systemd: Path) -> None:
     assert [path for path in systemd.rglob("*") if path != wants] == []
     assert "there are no units" in CliRunner().invoke(cli, ["serve", "--uninstall", "--user"]).stderr
     assert CliRunner().invoke(cli, ["serve", "--uninstall", "--install"]).exit_code == 2
+
+
+def test_other_options_of_serve_are_the_units(home: Path) -> None:
+    found = []
+
+    @click.command()
+    @click.option("--install", is_flag=True)
+    @click.option("--listen", "-l", multiple=True)
+    @click.option("--name", default="unasked")
+    @click.option("--plain", is_flag=True)
+    @click.pass_context
+    def serve(ctx: click.Context, **options: object) -> None:
+        found.extend(options_of(ctx))
+
+    CliRunner().invoke(serve, ["--install", "-l", ":1", "--listen", ":2", "--plain"])
+    assert found == ["--listen", ":1", "--listen", ":2", "--plain"]
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze isn't installed")

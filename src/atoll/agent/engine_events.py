@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from asyncinotify import Watch
@@ -88,6 +89,12 @@ class EngineLogs:
         log = self._logs.pop(vm_id)
         self._watches.remove(log.watch)
         os.close(log.descriptor)
+
+    def begin(self, everyone: Sequence[Vm]) -> None:
+        """Read on in the logs of all that run, or have been running when the agent before this one ended."""
+        self._state.forget_positions_but({vm.id for vm in everyone})
+        for vm in everyone:
+            self.follow(vm)
 
     def follow(self, vm: Vm) -> None:
         """Read on in the log of a VM that runs; the whole of one that nobody has read."""

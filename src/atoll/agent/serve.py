@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -77,6 +78,7 @@ async def only_one(layout: Layout) -> AsyncIterator[None]:
 
 async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> None:
     """Serve until SIGTERM or SIGINT; what is at work then is undone."""
+    _allow_many_files()
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
         host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True))
@@ -105,6 +107,12 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
         for server in servers:
             server.should_exit = True
         await asyncio.gather(*serving)
+
+
+def _allow_many_files() -> None:
+    """Each VM takes two open files, each connection one; the limit of most systems is 1024, which may be raised."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _tell(text: str) -> None:

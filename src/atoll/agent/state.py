@@ -6,6 +6,7 @@ works on.
 
 import contextlib
 import sqlite3
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ class State:
         files.make_folder(path.parent)
         try:
             self._db = _opened(path)
+        except sqlite3.OperationalError:
+            # The disk is full, say: nothing is wrong with what is there.
+            self._db = _opened(":memory:")
         except sqlite3.DatabaseError:
             for each in (path, *(path.with_name(f"{path.name}-{end}") for end in ("wal", "shm"))):
                 each.unlink(missing_ok=True)
@@ -95,6 +99,12 @@ class State:
     def forget_position(self, vm_id: str) -> None:
         self._write("DELETE FROM positions WHERE vm_id = ?", vm_id)
 
+    def forget_positions_but(self, vm_ids: Collection[str]) -> None:
+        """Those of VMs that are gone."""
+        for (vm_id,) in self._rows("SELECT vm_id FROM positions"):
+            if vm_id not in vm_ids:
+                self.forget_position(vm_id)
+
     # Requests
 
     def put_task(self, kept: KeptTask) -> None:
@@ -121,7 +131,7 @@ class State:
         self._write("DELETE FROM tasks WHERE created_at < ?", before)
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+def _opened(path: Path | str) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None)
     try:
         db.executescript(_TABLES)

@@ -78,8 +78,7 @@ class Supervisor:
 
     async def _follow(self, group: asyncio.TaskGroup) -> None:
         last = self._services.records.last_event()
-        for vm in self._services.records.vms():
-            self._logs.follow(vm)
+        self._logs.begin(self._services.records.vms())
         # Looking at them records the ends of those that ended while nobody watched.
         infos = observe.list_vms(self._services)
         everyone = [info.vm for info in infos]
@@ -145,7 +144,7 @@ class Supervisor:
         current = self._services.records.vm(vm.id)
         if current is None or not _is_to_be_removed(current):
             return True
-        with contextlib.suppress(NotFound):
+        with contextlib.suppress(NotFound, WrongState):
             await (await self._host.get(vm.id)).rm()
             self._tell(f"'{vm.name}' had stopped; it was removed, as --rm asked.")
         return False

@@ -12,7 +12,7 @@ _OWN = ("install", "uninstall", "user")
 def install(ctx: click.Context, *, user: bool) -> None:
     """Write the units, with the options that this command line has besides; tell what to run."""
     where = units.place(user=user)
-    for path in units.install(where, _options(ctx)):
+    for path in units.install(where, options_of(ctx)):
         note(f"wrote {path}")
     note("now let systemd read them, and start the agent at each boot:")
     click.echo(f"{where.systemctl} daemon-reload")
@@ -35,7 +35,7 @@ def uninstall(*, user: bool) -> None:
     click.echo(f"{where.systemctl} daemon-reload")
 
 
-def _options(ctx: click.Context) -> list[str]:
+def options_of(ctx: click.Context) -> list[str]:
     """The other options, as they were given."""
     words = []
     for each in ctx.command.params:
