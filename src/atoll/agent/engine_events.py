@@ -164,7 +164,8 @@ class EngineLogs:
         kind, data = found
         if log.left_out:
             data["left_out"], log.left_out = log.left_out, 0
-        self._services.records.add_event(kind, vm_id=log.vm.id, name=log.vm.name, data=data)
+        # QEMU has it in its log; waiting for the disk takes longer than an event may.
+        self._services.records.add_event(kind, vm_id=log.vm.id, name=log.vm.name, data=data, durable=False)
         return True
 
     def _note(self, log: _Log) -> None:

@@ -6,6 +6,7 @@ wanted, so an agent that was killed goes on where it was.
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Coroutine
 from itertools import groupby
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 from atoll.agent.engine_events import EngineLogs
 from atoll.agent.recover import Tell, recover_as_found
 from atoll.agent.state import State
-from atoll.errors import AtollError, NotFound, WrongState
+from atoll.errors import AtollError, NotFound, TimedOut, WrongState
 from atoll.host import facts, files
 from atoll.model.state import Phase
 from atoll.model.supervision import Attempts, is_restarted, next_attempt, returns_after_boot
@@ -26,6 +27,7 @@ from atoll.operations.events import follow_events
 from atoll.operations.services import Services
 from atoll.operations.stop import end_crashed
 from atoll.platform.local import LocalHost
+from atoll.platform.local_vm import LocalVm
 
 TIME_TO_BE_READY = 120.0
 """Seconds that those of one boot order have before the next ones are started."""
@@ -62,6 +64,8 @@ class Supervisor:
         self._attempts: dict[str, Attempts] = {}
         self._work: dict[str, asyncio.Task[None]] = {}
         """One thing at a time for each VM."""
+        # QEMU's own start is what takes the time, and it is the processors' alone.
+        self._places = asyncio.Semaphore((os.cpu_count() or 1) + 1)
         self._logs = EngineLogs(services, state)
         self._boot: asyncio.Task[None] | None = None
         self._boot_is_over = False
@@ -165,7 +169,7 @@ class Supervisor:
                 return True
             self._attempts[vm.id] = replace(attempt, started_at=time.time())
             try:
-                await (await self._host.get(vm.id)).start()
+                await self._start(vm)
             except (NotFound, WrongState):
                 # Somebody was faster.
                 return True
@@ -177,6 +181,12 @@ class Supervisor:
             self._services.records.add_event("vm.restarted", vm_id=vm.id, name=current.name, data=data)
             self._tell(f"'{current.name}' was started again: {vm.last_exit.reason}, {vm.last_exit.detail}")
             return True
+
+    async def _start(self, vm: Vm) -> LocalVm:
+        async with self._places:
+            reached = await self._host.get(vm.id)
+            await reached.start()
+            return reached
 
     def _record_failure(self, vm: Vm, error: AtollError) -> None:
         self._services.records.add_event("vm.restart-failed", vm_id=vm.id, name=vm.name, data={"error": error.text})
@@ -207,13 +217,14 @@ class Supervisor:
 
     async def _start_one_for_boot(self, vm: Vm) -> None:
         try:
-            reached = await self._host.get(vm.id)
-            await reached.start()
+            reached = await self._start(vm)
             self._services.records.add_event("vm.autostarted", vm_id=vm.id, name=vm.name)
             self._of_boot.discard(vm.id)
             await reached.wait("ready", timeout=TIME_TO_BE_READY)
         except (NotFound, WrongState):
             pass
+        except TimedOut as error:
+            self._tell(f"Note: {error.text}")
         except AtollError as error:
             self._record_failure(vm, error)
         finally:

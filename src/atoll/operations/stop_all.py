@@ -21,6 +21,8 @@ from atoll.operations.stop import stop
 from atoll.operations.suspend import suspend
 
 LOOKS = 3
+AT_ONCE = 100
+"""Each takes some open files while it is stopped."""
 TO_ASK = 0.9
 """The part of a number's time in which guests are asked; then they are switched off."""
 
@@ -73,11 +75,16 @@ def _concerns(vm: Vm) -> bool:
 
 
 async def _stop_group(group: Sequence[Vm], how: StopAll, *, seconds: float, services: Services) -> list[Stopped]:
-    return list(await asyncio.gather(*(_stop_one(vm, how, seconds=seconds, services=services) for vm in group)))
+    deadline, places = time.monotonic() + seconds * TO_ASK, asyncio.Semaphore(AT_ONCE)
+
+    async def one(vm: Vm) -> Stopped:
+        async with places:
+            return await _stop_one(vm, how, deadline, services)
+
+    return list(await asyncio.gather(*map(one, group)))
 
 
-async def _stop_one(vm: Vm, how: StopAll, *, seconds: float, services: Services) -> Stopped:
-    deadline = time.monotonic() + seconds * TO_ASK
+async def _stop_one(vm: Vm, how: StopAll, deadline: float, services: Services) -> Stopped:
     if how.suspend and vm.run is not None and vm.pool is None and await _suspended(vm, how, deadline, services):
         return Stopped(id=vm.id, name=vm.name, outcome="suspended")
     left = max(0.0, deadline - time.monotonic())
