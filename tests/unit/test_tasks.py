@@ -58,6 +58,8 @@ async def test_a_key_finds_its_result_after_the_agent_was_killed(state: State) -
         second.begin(replace(WANTED, digest="d2"), never)
     with pytest.raises(NotFound):
         second.show("k1", principal="somebody else")
+    stranger = replace(WANTED, principal="somebody else", key=task.id)
+    assert second.begin(stranger, never).id != task.id, "the id of another's task is no key of one's own"
 
 
 async def test_what_ran_when_the_agent_was_killed_is_lost_and_its_key_refused(state: State) -> None:

@@ -354,3 +354,16 @@ async def test_a_shutdown_in_the_middle_of_a_boot_ends_that(host: LocalHost, lay
         await asyncio.sleep(5)
         assert {each.phase for each in await host.ls()} == {Phase.STOPPED}
         assert layout.booted.exists()
+
+
+async def test_a_start_that_fails_is_told_and_tried_again(host: LocalHost, layout: Layout) -> None:
+    vm = await host.run("tiny", name="web", memory="96MiB", restart="on-failure")
+    head = layout.vm(vm.id).head((await vm.disks())[0])
+    async with agent(layout):
+        aside = head.rename(head.with_suffix(".aside"))
+        os.kill(await pid_of(vm), signal.SIGKILL)
+        told = await happened(host, "vm.restart-failed")
+        assert told.name == "web" and told.data["error"]
+        aside.rename(head)
+        told = await happened(host, "vm.restarted", after=told.id)
+        assert told.data["reason"] == "killed" and told.data["count"] >= 2

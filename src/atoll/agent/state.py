@@ -115,10 +115,14 @@ class State:
         values = (kept.task.id, kept.principal, kept.key, kept.digest, kept.task.created_at, record)
         self._write("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?, ?, ?)", *values)
 
-    def task(self, reference: str, principal: str) -> KeptTask | None:
-        """By its id, or by the key that this principal gave it."""
-        query = "SELECT principal, key, digest, record FROM tasks WHERE id = ? OR (principal = ? AND key = ?) LIMIT 1"
-        rows = self._rows(query, reference, principal, reference)
+    def task(self, task_id: str) -> KeptTask | None:
+        return self._task("id = ?", task_id)
+
+    def task_of_key(self, principal: str, key: str) -> KeptTask | None:
+        return self._task("principal = ? AND key = ?", principal, key)
+
+    def _task(self, which: str, *values: str) -> KeptTask | None:
+        rows = self._rows(f"SELECT principal, key, digest, record FROM tasks WHERE {which}", *values)
         with contextlib.suppress(msgspec.DecodeError):
             for owner, key, digest, record in rows:
                 task = msgspec.json.decode(record, type=Task)

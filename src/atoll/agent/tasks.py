@@ -69,7 +69,7 @@ class Tasks:
 
     def begin(self, wanted: Wanted, work: Work) -> Task:
         """Start it, or find the one that the same key began. Raises `InvalidInput` for a key with another request."""
-        if wanted.key is not None and (entry := self._found(wanted.key, wanted.principal)):
+        if wanted.key is not None and (entry := self._of_key(wanted.principal, wanted.key)):
             if entry.wanted.digest != wanted.digest:
                 raise InvalidInput(
                     f"the idempotency key {wanted.key!r} was used for another request",
@@ -122,11 +122,18 @@ class Tasks:
             if principal is None or each.wanted.principal == principal
         ]
 
-    def _found(self, reference: str, principal: str) -> _Entry | None:
-        """By its id or its key; in memory, or else in the file, where what runs is an earlier agent's."""
-        if entry := self._entries.get(self._by_key.get((principal, reference), reference)):
+    def _of_key(self, principal: str, key: str) -> _Entry | None:
+        if known := self._by_key.get((principal, key)):
+            return self._entries[known]
+        return self._kept(self._state.task_of_key(principal, key)) if self._state is not None else None
+
+    def _of_id(self, task_id: str) -> _Entry | None:
+        if entry := self._entries.get(task_id):
             return entry
-        kept = self._state.task(reference, principal) if self._state is not None else None
+        return self._kept(self._state.task(task_id)) if self._state is not None else None
+
+    def _kept(self, kept: KeptTask | None) -> _Entry | None:
+        """One of the file, where what runs is an earlier agent's."""
         if kept is None or kept.task.created_at < time.time() - KEPT_FOR:
             return None
         task = kept.task
@@ -137,9 +144,10 @@ class Tasks:
         )
         return _Entry(wanted, task)
 
-    def _entry(self, reference: str, principal: str) -> _Entry:
-        found = self._found(reference, principal)
-        if found is None:
+    def _entry(self, reference: str, principal: str, admin: bool) -> _Entry:
+        """Others than admins see their own only."""
+        found = self._of_key(principal, reference) or self._of_id(reference)
+        if found is None or (found.wanted.principal != principal and not admin):
             raise NotFound(
                 f"there is no task {reference!r}",
                 f"they are kept for {KEPT_FOR / 3600:g} hours",
@@ -147,22 +155,22 @@ class Tasks:
             )
         return found
 
-    def show(self, reference: str, *, principal: str) -> Task:
+    def show(self, reference: str, *, principal: str, admin: bool = False) -> Task:
         """By its id, or by the idempotency key that the same principal gave it."""
-        return self._entry(reference, principal).task
+        return self._entry(reference, principal, admin).task
 
-    async def ended(self, reference: str, *, principal: str, seconds: float) -> Task:
+    async def ended(self, reference: str, *, principal: str, seconds: float, admin: bool = False) -> Task:
         """The task when it has ended, or as it is after `seconds`."""
-        entry = self._entry(reference, principal)
+        entry = self._entry(reference, principal, admin)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while entry.task.state == "running":
                     await entry.changed.wait()
         return entry.task
 
-    async def follow(self, reference: str, *, principal: str) -> AsyncGenerator[Task, None]:
+    async def follow(self, reference: str, *, principal: str, admin: bool = False) -> AsyncGenerator[Task, None]:
         """As it is now, and at each change until it has ended."""
-        entry = self._entry(reference, principal)
+        entry = self._entry(reference, principal, admin)
         while True:
             seen, changed = entry.task, entry.changed
             yield seen
@@ -171,9 +179,9 @@ class Tasks:
             if seen is entry.task:
                 await changed.wait()
 
-    def cancel(self, reference: str, *, principal: str) -> Task:
+    def cancel(self, reference: str, *, principal: str, admin: bool = False) -> Task:
         """Ask it to undo what it did; it has ended when its state says so. Raises `WrongState` after its end."""
-        entry = self._entry(reference, principal)
+        entry = self._entry(reference, principal, admin)
         if entry.task.state != "running" or entry.work is None:
             raise WrongState(f"the task {entry.task.id} has ended", f"it is {entry.task.state}")
         if not entry.task.cancel_requested:

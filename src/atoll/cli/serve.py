@@ -8,20 +8,34 @@ from atoll.cli.failures import note
 
 
 @click.command("serve")
+@click.option(
+    "--listen",
+    "-l",
+    multiple=True,
+    metavar="ADDRESS:PORT",
+    help="Serve other computers there, over TLS; `:8443` is on all addresses. May be given several times.",
+)
+@click.option(
+    "--name", "-n", multiple=True, metavar="NAME", help="A name or address that others reach this computer by."
+)
 @click.option("--install", is_flag=True, help="Write systemd units that serve from now on, with the other options.")
 @click.option("--uninstall", is_flag=True, help="Remove those units.")
 @click.option("--user", is_flag=True, help="With --install and --uninstall: root's own systemd, not the system's.")
 @click.pass_context
-def serve_command(ctx: click.Context, install: bool, uninstall: bool, user: bool) -> None:
+def serve_command(
+    ctx: click.Context, listen: tuple[str, ...], name: tuple[str, ...], install: bool, uninstall: bool, user: bool
+) -> None:
     """Watch over this computer's VMs, and serve its HTTP API, until it is ended.
 
     Local commands go through it while it runs. A VM that runs doesn't depend on it. It starts again what ended by
-    itself (`atoll set VM --restart`), and what is marked for this computer's boot (`--autostart`).
+    itself (`atoll set VM --restart`), and what is marked for this computer's boot (`--autostart`). Other computers
+    reach it with --listen only, and need a token (`atoll token`).
 
     \b
     Examples:
       atoll serve
       atoll serve --install
+      atoll serve --listen :8443 --name vms.example.org
       curl --unix-socket ~/.local/share/atoll/run/agent.sock http://atoll/v1/vms
     """
     if install or uninstall:
@@ -34,5 +48,8 @@ def serve_command(ctx: click.Context, install: bool, uninstall: bool, user: bool
     from atoll import layout
     from atoll.agent.serve import serve
 
-    found = layout.find()
-    asyncio.run(serve(found, ready=lambda: note(f"listening on {found.agent_socket}")))
+    def ready(shown: list[str]) -> None:
+        for each in reversed(shown):
+            note(f"listening on {each}")
+
+    asyncio.run(serve(layout.find(), addresses=listen, names=name, ready=ready))
