@@ -286,6 +286,16 @@ class Layout:
         return self.run / "agent.sock"
 
     @property
+    def agent_state(self) -> Path:
+        """What the agent knows that records don't: requests by their keys, and how far it has read engines' logs."""
+        return self.data / "agent.db"
+
+    @property
+    def booted(self) -> Path:
+        """The boot of this computer for which the agent has started what is to be started."""
+        return self.run / "booted"
+
+    @property
     def credentials(self) -> Path:
         """The agent's certificate authority and certificate, and the tokens of who may use it from elsewhere."""
         return self.data / "agent"

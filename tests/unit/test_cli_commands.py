@@ -419,3 +419,31 @@ def test_faults_of_ours_ask_for_a_report_and_show_where_only_on_demand(
     assert "KeyError" in result.stderr and "report it" in result.stderr
     assert "Traceback" not in result.stderr
     assert "Traceback" in run("ls", env={"ATOLL_DEBUG": "1"}).stderr
+
+
+def test_what_the_agent_does_for_a_vm_is_shown_and_checked(run: Run, services: Services) -> None:
+    add_vm(services, "web")
+    done = run("set", "web", "--restart", "on-failure", "--autostart", "--boot-order", "7")
+    assert done.exit_code == 0
+    assert [line.split() for line in done.output.splitlines()[1:]] == [
+        ["restart", "on-failure", "now"],
+        ["autostart", "true", "now"],
+        ["boot-order", "7", "now"],
+    ]
+    shown = run("show", "web").output
+    assert "Restart:" in shown and "on-failure" in shown and "it is started" in shown
+    assert run("set", "web", "--no-autostart").exit_code == 0
+    refused = run("set", "web", "--boot-order", "5000")
+    assert refused.exit_code == 2 and "is no boot order" in refused.stderr
+    assert services.vm(services.find_vm("web").id).boot_order == 7
+    assert run("create", "--rm", "--restart", "always", "--disk-size", "1MiB").exit_code == 2
+
+
+def test_stopping_all_names_none(run: Run, services: Services) -> None:
+    add_vm(services, "web")
+    assert run("stop").exit_code == 2
+    assert run("stop", "web", "--all").exit_code == 2
+    assert run("stop", "web", "--suspend").exit_code == 2
+    assert json.loads(run("stop", "--all", "--format", "json").output) == []
+    done = run("shutdown", "--timeout", "5s")
+    assert (done.exit_code, done.output) == (0, "")

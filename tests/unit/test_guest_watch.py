@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from atoll.host.watch import follow, wait_for_exit
+from atoll.host.watch import changes, follow, wait_for_exit
 
 
 async def soon(lines: AsyncIterator[bytes], wanted: bytes) -> None:
@@ -56,3 +56,32 @@ async def test_the_end_of_a_process_is_an_event() -> None:
     await asyncio.wait_for(wait_for_exit(process.pid), 5)
     process.wait()
     await asyncio.wait_for(wait_for_exit(process.pid), 1)
+
+
+async def test_files_have_more_followers_than_a_user_has_inotify_descriptors(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    told = []
+
+    async def one(number: int) -> None:
+        watched = changes(tmp_path / f"file{number % 2}")
+        await anext(watched)
+        ready.append(number)
+        await anext(watched)
+        told.append(number)
+        await watched.aclose()
+
+    ready: list[int] = []
+    followers = [asyncio.create_task(one(number)) for number in range(400)]
+    async with asyncio.timeout(20):
+        while len(ready) < 400:
+            await asyncio.sleep(0.01)
+        assert len(list(Path("/proc/self/fd").iterdir())) < before + 10
+        (tmp_path / "other").write_text("nobody follows this")
+        (tmp_path / "file0").write_text("1")
+        while len(told) < 200:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert {number % 2 for number in told} == {0}
+        (tmp_path / "file1").write_text("1")
+        await asyncio.gather(*followers)
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before

@@ -22,7 +22,14 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 CHECKOUT = Path(__file__).parents[2]
 MANY_THREADS = "import threading; e = threading.Event(); [threading.Thread(target=e.wait).start() for _ in range(400)]"
 """What a desktop has, and more than a VM may have."""
-BROAD = ("unit", "vm/test_verbs_life.py", "vm/test_networks.py", "vm/test_history.py", "vm/test_shares.py")
+BROAD = (
+    "unit",
+    "vm/test_verbs_life.py",
+    "vm/test_networks.py",
+    "vm/test_history.py",
+    "vm/test_shares.py",
+    "vm/test_supervision.py",
+)
 """What of the suite is run as an ordinary user too, each time that all of it is run."""
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -17,9 +18,12 @@ from atoll.agent import tls
 from atoll.agent.access import Access, Door
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
+from atoll.agent.state import State
+from atoll.agent.supervise import supervise
 from atoll.errors import Busy
 from atoll.host import files, sockets
 from atoll.host.lease import lease
+from atoll.host.notify import notify
 from atoll.layout import Layout
 from atoll.model.names import new_id
 from atoll.platform.local import LocalHost
@@ -106,16 +110,19 @@ async def serve(
     ready: Callable[[list[str]], None] = lambda shown: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; what is at work then is undone. `names` are the computer's for its certificate."""
+    _allow_many_files()
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
-        host = await stack.enter_async_context(LocalHost(layout))
+        host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True))
+        state = stack.enter_context(contextlib.closing(State(layout.agent_state)))
         agent = Agent(host, Access(layout))
+        agent.tasks.keep_in(state)
         listeners = [
             stack.enter_context(listen_locally(layout)),
             *await stack.enter_async_context(listen_remotely(layout, addresses, names)),
         ]
         for told in host.notices():
-            sys.stderr.write(f"{told}\n")
+            _tell(told)
         ending = _ending_signals(stack)
         app = make_app(agent)
         watching = asyncio.create_task(agent.access.watch())
@@ -124,16 +131,32 @@ async def serve(
             asyncio.create_task(server.serve(sockets=[each.socket]))
             for server, each in zip(servers, listeners, strict=True)
         ]
+        supervising = asyncio.create_task(supervise(host, state, tell=_tell))
         ready([each.shown for each in listeners])
+        notify("READY=1")
         ended = asyncio.create_task(ending.wait())
         await asyncio.wait([ended, *serving], return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
+        notify("STOPPING=1")
+        supervising.cancel()
+        await asyncio.wait([supervising])
         await agent.tasks.close(CLOSE_TIMEOUT)
         for server in servers:
             server.should_exit = True
         await asyncio.gather(*serving)
         watching.cancel()
         await agent.access.note_uses()
+
+
+def _allow_many_files() -> None:
+    """Each VM takes two open files, each connection one; the limit of most systems is 1024, which may be raised."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _ending_signals(stack: contextlib.AsyncExitStack) -> asyncio.Event:

@@ -1,4 +1,7 @@
-"""Requests at work: each runs on when its client goes, tells its progress, and can be cancelled."""
+"""Requests at work: each runs on when its client goes, tells its progress, and can be cancelled.
+
+The agent's own file has each of them, too, so that a key finds its result over the agent's end.
+"""
 
 import asyncio
 import contextlib
@@ -11,13 +14,16 @@ import msgspec
 from msgspec.structs import replace
 
 from atoll.agent.problems import problem_of
+from atoll.agent.state import KeptTask, State
 from atoll.errors import Cancelled, InvalidInput, NotFound, WrongState
 from atoll.model.names import new_id
 from atoll.model.operation import Progress
 from atoll.model.task import Task
 
 KEPT = 1000
-"""How many that have ended can still be asked for."""
+"""How many that have ended are kept in memory; all are in the agent's file."""
+KEPT_FOR = 24 * 3600.0
+"""Seconds for which one can be asked for, and its key be repeated."""
 
 Work = Callable[[Callable[[Progress], None]], Awaitable[Any]]
 
@@ -54,25 +60,38 @@ class Tasks:
     def __init__(self) -> None:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._by_key: dict[tuple[str, str], str] = {}
+        self._state: State | None = None
+
+    def keep_in(self, state: State) -> None:
+        """Let them outlive this agent, and find those of the agents before it."""
+        self._state = state
+        state.forget_tasks(before=time.time() - KEPT_FOR)
 
     def begin(self, wanted: Wanted, work: Work) -> Task:
         """Start it, or find the one that the same key began. Raises `InvalidInput` for a key with another request."""
-        if wanted.key is not None and (known := self._by_key.get((wanted.principal, wanted.key))):
-            entry = self._entries[known]
+        if wanted.key is not None and (entry := self._of_key(wanted.principal, wanted.key)):
             if entry.wanted.digest != wanted.digest:
                 raise InvalidInput(
                     f"the idempotency key {wanted.key!r} was used for another request",
                     next_step="Make a new key for each request; repeat one only with what it was used for.",
                 )
+            if entry.task.state == "lost":
+                raise _lost(entry.task)
             return entry.task
         task = Task(id=new_id(), call=wanted.call, subject=wanted.subject, state="running", created_at=time.time())
         entry = _Entry(wanted, task)
         self._entries[task.id] = entry
         if wanted.key is not None:
             self._by_key[wanted.principal, wanted.key] = task.id
+        self._keep(entry)
         entry.work = asyncio.create_task(self._run(entry, work))
         self._drop_oldest()
         return task
+
+    def _keep(self, entry: _Entry) -> None:
+        if self._state is not None:
+            wanted = entry.wanted
+            self._state.put_task(KeptTask(wanted.principal, wanted.key, wanted.digest, entry.task))
 
     async def _run(self, entry: _Entry, work: Work) -> None:
         try:
@@ -84,8 +103,11 @@ class Tasks:
             entry.change(state="failed", error=problem_of(error), finished_at=time.time())
         else:
             entry.change(state="done", result=result, finished_at=time.time())
+        self._keep(entry)
 
     def _drop_oldest(self) -> None:
+        if self._state is not None and len(self._entries) % 100 == 0:
+            self._state.forget_tasks(before=time.time() - KEPT_FOR)
         ended = [each for each in self._entries.values() if each.task.state != "running"]
         for entry in ended[: max(0, len(ended) - KEPT)]:
             del self._entries[entry.task.id]
@@ -100,13 +122,35 @@ class Tasks:
             if principal is None or each.wanted.principal == principal
         ]
 
+    def _of_key(self, principal: str, key: str) -> _Entry | None:
+        if known := self._by_key.get((principal, key)):
+            return self._entries[known]
+        return self._kept(self._state.task_of_key(principal, key)) if self._state is not None else None
+
+    def _of_id(self, task_id: str) -> _Entry | None:
+        if entry := self._entries.get(task_id):
+            return entry
+        return self._kept(self._state.task(task_id)) if self._state is not None else None
+
+    def _kept(self, kept: KeptTask | None) -> _Entry | None:
+        """One of the file, where what runs is an earlier agent's."""
+        if kept is None or kept.task.created_at < time.time() - KEPT_FOR:
+            return None
+        task = kept.task
+        if task.state == "running":
+            task = replace(task, state="lost", progress=None, error=problem_of(_lost(task)))
+        wanted = Wanted(
+            call=task.call, subject=task.subject, principal=kept.principal, key=kept.key, digest=kept.digest
+        )
+        return _Entry(wanted, task)
+
     def _entry(self, reference: str, principal: str, admin: bool) -> _Entry:
         """Others than admins see their own only."""
-        found = self._entries.get(self._by_key.get((principal, reference), reference))
+        found = self._of_key(principal, reference) or self._of_id(reference)
         if found is None or (found.wanted.principal != principal and not admin):
             raise NotFound(
                 f"there is no task {reference!r}",
-                f"only the last {KEPT} that ended are kept",
+                f"they are kept for {KEPT_FOR / 3600:g} hours",
                 "`GET /v1/operations` has the journal.",
             )
         return found
@@ -152,3 +196,11 @@ class Tasks:
             work.cancel()
         if running:
             await asyncio.wait(running, timeout=seconds)
+
+
+def _lost(task: Task) -> WrongState:
+    return WrongState(
+        f"the agent ended while the request {task.call} {task.subject} was at work".replace("  ", " "),
+        "what it had begun was then finished or undone, and its answer is lost",
+        "See `atoll operation ls` (GET /v1/operations) for what became of it; ask again with a new key.",
+    )

@@ -1,13 +1,15 @@
 """`set`: other hardware for a VM."""
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from atoll.cli.failures import Format
-from atoll.cli.options import VM, parse_pairs, with_limits
+from atoll.cli.options import VM, parse_pairs, with_limits, with_options
 from atoll.cli.output import emit, format_option, print_table
+from atoll.cli.supervise import supervision
 from atoll.errors import InvalidInput
 from atoll.model.isolation import IsolationLevel
 from atoll.model.requests import SetRequest
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--agent/--no-agent", default=None, help="The guest agent was installed in it, or taken away.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Set a label. Repeatable.")
 @click.option("--unlabel", "unlabels", multiple=True, metavar="KEY", help="Take a label away. Repeatable.")
+@functools.partial(with_options, supervision(None))
 @format_option
 def set_command(vm: str, labels: tuple[str, ...], unlabels: tuple[str, ...], format: Format, **options: Any) -> None:
     """Change a VM: at once where that is possible while it runs, else at its next start. It says which.
@@ -43,6 +46,7 @@ def set_command(vm: str, labels: tuple[str, ...], unlabels: tuple[str, ...], for
       atoll set web --disk-size 40GiB
       atoll set web --cpu-limit 1.5 --io-limit 50MiB
       atoll set web --label tier=front --unlabel test
+      atoll set web --restart on-failure --autostart --boot-order 10
     """
     from atoll.cli.session import perform
 

@@ -21,9 +21,11 @@ from atoll.cli.options import (
     parse_ports,
     parse_share,
     read_text,
+    with_options,
     without_dashes,
 )
 from atoll.cli.output import emit, format_option
+from atoll.cli.supervise import supervision
 from atoll.errors import InvalidInput, NotFound
 from atoll.model.isolation import IsolationLevel
 from atoll.model.requests import CreateRequest
@@ -67,6 +69,7 @@ _OPTIONS = [
     click.option("--user-data", metavar="FILE", help="Cloud-init user data; '-' for standard input."),
     click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label to find it by. Repeatable."),
     click.option("--rm", "remove_when_stopped", is_flag=True, help="Remove it when it has stopped."),
+    *supervision("never"),
     click.option("--arch", type=click.Choice(get_args(Arch)), help="Its processor's architecture."),
     click.option("--machine", type=click.Choice(get_args(Machine)), help="QEMU's machine."),
     click.option("--firmware", type=click.Choice(get_args(Firmware)), help="How it boots."),
@@ -86,9 +89,7 @@ _OPTIONS = [
 
 
 def _create_options(function: F) -> F:
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+    return with_options(_OPTIONS, function)
 
 
 def _request(image: str | None, *, password_stdin: bool, **options: Any) -> CreateRequest:

@@ -63,18 +63,30 @@ def start_command(vms: tuple[str, ...], wait: bool, timeout: float | None, forma
 
 
 @click.command("stop")
-@_several
+@click.argument("vms", metavar="VM...", nargs=-1, type=VM)
+@format_option
+@click.option("--all", "every", is_flag=True, help="All that run, the highest boot order first.")
+@click.option("--suspend", is_flag=True, help="With --all: keep their memory on the disk where there is time for it.")
 @click.option("--force", "-f", is_flag=True, help="Switch it off at once, as pulling the plug would.")
 @click.option("--timeout", "-t", type=DURATION, default="60s", help="How long it has to shut down; then it is forced.")
-def stop_command(vms: tuple[str, ...], force: bool, timeout: float, format: Format) -> int:
+def stop_command(vms: tuple[str, ...], every: bool, suspend: bool, force: bool, timeout: float, format: Format) -> int:
     """Shut VMs down: the guest agent is asked, then the power button pressed, then the VM switched off.
+
+    With --all the time is for all of them together.
 
     \b
     Examples:
       atoll stop web
       atoll stop --timeout 2m web db
       atoll stop --force web
+      atoll stop --all --timeout 90s
     """
+    if every != (not vms) or (suspend and not every):
+        raise click.UsageError("name VMs, or use --all, and --suspend only with that")
+    if every:
+        from atoll.cli.shutdown import stop_all
+
+        return stop_all(timeout=0.0 if force else timeout, suspend=suspend, for_shutdown=False, format=format)
     return do_to_all(vms, format, "stopping", lambda vm: vm.stop(force=force, timeout=timeout))
 
 

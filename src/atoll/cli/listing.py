@@ -148,6 +148,9 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
         ("Labels", "\n".join(f"{key}={value}" for key, value in vm.labels.items())),
         ("At next start", "changed settings take effect" if vm.pending else ""),
         ("When stopped", "it is removed" if vm.remove_when_stopped else ""),
+        ("Restart", "" if vm.restart == "never" else vm.restart),
+        ("At boot", "it is started" if vm.autostart else ""),
+        ("Boot order", str(vm.boot_order) if vm.boot_order else ""),
     ]
 
 

@@ -66,6 +66,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "Images": {"image": "image"},
     "This computer": {
         "serve": "serve",
+        "shutdown": "shutdown",
         "token": "token",
         "audit": "audit",
         "host": "host",

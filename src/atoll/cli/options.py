@@ -33,7 +33,11 @@ LIMITS = (
 
 
 def with_limits(function: F) -> F:
-    for option in reversed(LIMITS):
+    return with_options(LIMITS, function)
+
+
+def with_options(options: Iterable[Callable[[F], F]], function: F) -> F:
+    for option in reversed(list(options)):
         function = option(function)
     return function
 

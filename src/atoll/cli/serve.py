@@ -18,18 +18,33 @@ from atoll.cli.failures import note
 @click.option(
     "--name", "-n", multiple=True, metavar="NAME", help="A name or address that others reach this computer by."
 )
-def serve_command(listen: tuple[str, ...], name: tuple[str, ...]) -> None:
+@click.option("--install", is_flag=True, help="Write systemd units that serve from now on, with the other options.")
+@click.option("--uninstall", is_flag=True, help="Remove those units.")
+@click.option("--user", is_flag=True, help="With --install and --uninstall: root's own systemd, not the system's.")
+@click.pass_context
+def serve_command(
+    ctx: click.Context, listen: tuple[str, ...], name: tuple[str, ...], install: bool, uninstall: bool, user: bool
+) -> None:
     """Watch over this computer's VMs, and serve its HTTP API, until it is ended.
 
-    Local commands go through it while it runs. A VM that runs doesn't depend on it. Other computers reach it with
-    --listen only, and need a token (`atoll token`).
+    Local commands go through it while it runs. A VM that runs doesn't depend on it. It starts again what ended by
+    itself (`atoll set VM --restart`), and what is marked for this computer's boot (`--autostart`). Other computers
+    reach it with --listen only, and need a token (`atoll token`).
 
     \b
     Examples:
       atoll serve
+      atoll serve --install
       atoll serve --listen :8443 --name vms.example.org
       curl --unix-socket ~/.local/share/atoll/run/agent.sock http://atoll/v1/vms
     """
+    if install or uninstall:
+        from atoll.cli import install as units
+
+        if install and uninstall:
+            raise click.UsageError("--install and --uninstall don't go together")
+        units.install(ctx, user=user) if install else units.uninstall(user=user)
+        return
     from atoll import layout
     from atoll.agent.serve import serve
 

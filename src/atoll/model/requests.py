@@ -9,6 +9,7 @@ from atoll.errors import InvalidInput
 from atoll.model.isolation import IsolationLevel
 from atoll.model.network import Mode
 from atoll.model.spec import AcceleratorChoice, Arch, Bus, Firmware, Machine, PortSpec
+from atoll.model.supervision import RestartPolicy
 
 Request = TypeVar("Request", bound=Struct)
 
@@ -162,6 +163,12 @@ class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     user_data: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     remove_when_stopped: bool = False
+    restart: RestartPolicy = "never"
+    """What a host's agent does when it has ended by itself."""
+    autostart: bool = False
+    """The agent starts it when the computer has started."""
+    boot_order: int = 0
+    """Lower numbers are started first, and stopped last."""
 
 
 class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -187,6 +194,9 @@ class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The guest agent was installed in it, or taken away."""
     labels: dict[str, str | None] = field(default_factory=dict)
     """None as a value takes the label away."""
+    restart: RestartPolicy | None = None
+    autostart: bool | None = None
+    boot_order: int | None = None
 
 
 class ImportRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ from atoll.model.names import SHORT_ID
 from atoll.model.snapshot import Memory
 from atoll.model.spec import VmSpec
 from atoll.model.state import Phase, Trouble
+from atoll.model.supervision import EndReason, RestartPolicy
 
 
 class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,21 +33,13 @@ class Exit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the last run ended, as far as there is evidence."""
 
     at: float
-    reason: Literal[
-        "guest-shutdown",
-        "guest-reset",
-        "guest-panic",
-        "stopped",
-        "killed",
-        "crashed",
-        "host-rebooted",
-        "start-failed",
-        "unknown",
-    ]
+    reason: EndReason
     detail: str = ""
     """The QMP event, the signal, or QEMU's last words."""
     last_lines: str = ""
     """What the guest wrote last on its serial line, when it wasn't stopped by us."""
+    asked: bool = False
+    """Somebody stopped it, so nobody starts it again."""
 
 
 class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,6 +66,12 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the next start goes on from; its heads are as they were at that instant."""
     labels: dict[str, str] = field(default_factory=dict)
     remove_when_stopped: bool = False
+    restart: RestartPolicy = "never"
+    """What a host's agent does when it has ended. This and the next two are the VM's own: copies don't have them."""
+    autostart: bool = False
+    """The agent starts it when the computer has started."""
+    boot_order: int = 0
+    """Lower numbers are started first, and stopped last; those of one number side by side."""
 
     @property
     def short_id(self) -> str:
@@ -112,6 +111,16 @@ class VmInfo(Struct, frozen=True, kw_only=True):
     """The snapshot that it stands on: its name, `VM@NAME` for another VM's. Of one VM only: lists leave it away."""
     shares: tuple[ShareInfo, ...] = ()
     """Of one VM only."""
+
+
+class Stopped(Struct, frozen=True, kw_only=True):
+    """What became of a VM when all were stopped."""
+
+    id: str
+    name: str
+    outcome: Literal["stopped", "suspended", "failed", "nothing"]
+    """`nothing`: it had ended already."""
+    error: str = ""
 
 
 class PoolInfo(Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.errors import AtollError, InvalidInput, TimedOut
+from atoll.model import supervision
 from atoll.model.requests import SetRequest
 from atoll.model.spec import LimitSpec, VmSpec
 from atoll.model.state import Phase
@@ -41,6 +42,7 @@ async def configure(vm: Vm, request: SetRequest, *, services: Services) -> list[
     """Change settings; each is told with when it holds. Raises `InvalidInput` before anything is changed."""
     spec = _changed(vm.pending or vm.spec, request)
     _changed_labels(vm.labels, request)
+    _supervised(vm, request)
     first = next((each.name for each in spec.disks if each.blob is None), "")
     if request.disk_size is not None:
         if not first:
@@ -59,6 +61,18 @@ async def configure(vm: Vm, request: SetRequest, *, services: Services) -> list[
 def _changed_labels(labels: dict[str, str], request: SetRequest) -> dict[str, str]:
     changed = {key: value for key, value in {**labels, **request.labels}.items() if value is not None}
     return resolve.check_labels(changed)
+
+
+def _supervised(vm: Vm, request: SetRequest) -> Vm:
+    """The VM with what its agent is to do with it."""
+    changed = replace(
+        vm,
+        restart=vm.restart if request.restart is None else request.restart,
+        autostart=vm.autostart if request.autostart is None else request.autostart,
+        boot_order=vm.boot_order if request.boot_order is None else request.boot_order,
+    )
+    supervision.check(restart=changed.restart, boot_order=changed.boot_order, throwaway=changed.remove_when_stopped)
+    return changed
 
 
 def _changed(spec: VmSpec, request: SetRequest) -> VmSpec:
@@ -123,6 +137,15 @@ def _told(before: VmSpec, after: VmSpec, *, running: VmSpec | None, live: dict[s
 def _told_labels(before: dict[str, str], after: dict[str, str]) -> list[Change]:
     keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
     return [Change(name=f"label {key}", value=after.get(key, ""), when="now") for key in keys]
+
+
+def _told_supervision(before: Vm, after: Vm) -> list[Change]:
+    settings = (
+        ("restart", before.restart, after.restart),
+        ("autostart", str(before.autostart).lower(), str(after.autostart).lower()),
+        ("boot-order", str(before.boot_order), str(after.boot_order)),
+    )
+    return [Change(name=name, value=new, when="now") for name, old, new in settings if old != new]
 
 
 async def _apply(context: Context[ConfigureRequest]) -> None:
@@ -201,11 +224,12 @@ async def _unapply(context: Context[ConfigureRequest]) -> None:
 
 
 async def _record(context: Context[ConfigureRequest]) -> None:
-    vm, change, live = context.vm, context.request.change, context.notes["live"]
+    before, change, live = context.vm, context.request.change, context.notes["live"]
+    vm = _supervised(before, change)
     wanted, labels = _changed(vm.pending or vm.spec, change), _changed_labels(vm.labels, change)
     running = vm.spec if observe.phase_of(context.services, vm) is not Phase.STOPPED else None
     told = [*_told(vm.pending or vm.spec, wanted, running=running, live=live), *_told_labels(vm.labels, labels)]
-    context.notes["changes"] = msgspec.to_builtins(told)
+    context.notes["changes"] = msgspec.to_builtins([*told, *_told_supervision(before, vm)])
     if running is None:
         changed = replace(vm, spec=wanted, pending=None, labels=labels)
     else:

@@ -6,54 +6,58 @@ from collections.abc import AsyncIterator
 
 from atoll.host import facts
 from atoll.host.watch import changes, wait_for_exit
-from atoll.model.vm import Event, Vm
+from atoll.model.vm import Event, Run, Vm
 from atoll.operations import networks, observe
 from atoll.operations.services import Services
+
+_BEGINNINGS = frozenset({"vm.started", "vm.restored"})
+_AGAIN = 0.2
 
 
 async def follow_events(services: Services, *, after: int) -> AsyncIterator[Event]:
     """Events from `after` on, as they come. A VM's end is recorded by whoever notices it first: here, at once."""
-    watched: dict[str, asyncio.Task[None]] = {}
-    wake = asyncio.Event()
-    waker = asyncio.create_task(_wake_on_change(services, wake))
+    ends = None if services.ends_noticed else _Ends(services)
     try:
-        while True:
-            wake.clear()
-            _watch_running(services, watched, wake)
-            for event in services.records.events(after=after):
-                after = event.id
-                yield event
-            await wake.wait()
+        if ends is not None:
+            for vm in services.records.vms():
+                ends.watch(vm)
+        async for _ in changes(services.layout.wake):
+            while found := services.records.events(after=after):
+                for event in found:
+                    after = event.id
+                    if ends is not None and event.kind in _BEGINNINGS and event.vm_id is not None:
+                        ends.watch(services.records.vm(event.vm_id))
+                    yield event
     finally:
-        for task in (waker, *watched.values()):
+        if ends is not None:
+            await ends.close()
+
+
+class _Ends:
+    """Waits for the ends of QEMUs, and records them."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._watched: dict[Run, asyncio.Task[None]] = {}
+
+    def watch(self, vm: Vm | None) -> None:
+        if vm is not None and vm.run is not None and vm.run not in self._watched:
+            self._watched[vm.run] = asyncio.create_task(self._record_its_end(vm.id, vm.run))
+
+    async def close(self) -> None:
+        for task in self._watched.values():
             task.cancel()
-        await asyncio.gather(waker, *watched.values(), return_exceptions=True)
+        await asyncio.gather(*self._watched.values(), return_exceptions=True)
 
-
-async def _wake_on_change(services: Services, wake: asyncio.Event) -> None:
-    async for _ in changes(services.layout.wake):
-        wake.set()
-
-
-def _watch_running(services: Services, watched: dict[str, asyncio.Task[None]], wake: asyncio.Event) -> None:
-    for key in [key for key, task in watched.items() if task.done()]:
-        del watched[key]
-    for vm in services.records.vms():
-        if vm.run is None:
-            continue
-        key = f"{vm.id}:{vm.run.pid}:{vm.run.start_time}"
-        if key not in watched:
-            watched[key] = asyncio.create_task(_record_its_end(services, vm, wake))
-
-
-async def _record_its_end(services: Services, vm: Vm, wake: asyncio.Event) -> None:
-    assert vm.run is not None
-    if facts.is_alive(vm.run):
-        await wait_for_exit(vm.run.pid)
-    # An operation that stops it holds the lock and records the end itself; it is woken for by the wake file.
-    with contextlib.suppress(Exception):
-        current = services.records.vm(vm.id)
-        if current is not None and current.run == vm.run:
-            observe.record_end(services, current)
-            await networks.mend_left(services)
-    wake.set()
+    async def _record_its_end(self, vm_id: str, run: Run) -> None:
+        records = self._services.records
+        with contextlib.suppress(Exception):
+            if facts.is_alive(run):
+                await wait_for_exit(run.pid)
+            # An operation that holds the lock may record the end itself; one that doesn't ends soon.
+            while (current := records.vm(vm_id)) is not None and current.run == run:
+                observe.record_end(self._services, current)
+                if (current := records.vm(vm_id)) is not None and current.run == run:
+                    await asyncio.sleep(_AGAIN)
+            await networks.mend_left(self._services)
+        self._watched.pop(run, None)

@@ -30,8 +30,10 @@ LOCK_TIMEOUT = 120.0
 class Services:
     """Opened once by a command or an SDK connection. Heavy parts are imported when they are first used."""
 
-    def __init__(self, layout: Layout | None = None) -> None:
+    def __init__(self, layout: Layout | None = None, *, ends_noticed: bool = False) -> None:
+        """`ends_noticed`: something else in this process records the ends of QEMUs, so followers of events needn't."""
         self.layout = layout or layouts.find()
+        self.ends_noticed = ends_noticed
         self._later: set[asyncio.Task[None]] = set()
         self.bridges_left: set[str] = set()
         """Networks of mode bridge with rules for cables of VMs that have ended by themselves."""

@@ -8,7 +8,6 @@ record      how it ended                                                        
 import asyncio
 import contextlib
 import time
-from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -37,17 +36,25 @@ class StopRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     force: bool = False
     timeout: float = 60.0
     """Seconds for the guest to shut down by itself."""
+    for_shutdown: bool = False
+    """The computer goes down: nobody wants this VM stopped for good."""
 
 
 async def stop(
-    vm: Vm, *, services: Services, force: bool = False, timeout: float = 60.0, report: Report | None = None
+    vm: Vm,
+    *,
+    services: Services,
+    force: bool = False,
+    timeout: float = 60.0,
+    for_shutdown: bool = False,
+    report: Report | None = None,
 ) -> None:
     """Stop a VM; nothing happens to one that is stopped. With `force` whatever works on it is cancelled first."""
     if force:
         for operation in services.records.operations(unfinished=True):
             if operation.subject == vm.id and operation.state == "running":
                 services.records.request_cancel(operation.id)
-    request = StopRequest(vm_id=vm.id, force=force, timeout=timeout)
+    request = StopRequest(vm_id=vm.id, force=force, timeout=timeout, for_shutdown=for_shutdown)
     await perform(STOP, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
 
 
@@ -119,27 +126,50 @@ async def end(services: Services, vm: Vm, gone: "asyncio.Future[None]") -> None:
         await kill(vm.run.pid)
 
 
+async def end_crashed(vm: Vm, *, services: Services) -> None:
+    """End the QEMU of a guest that has crashed, as if it had ended by itself; nothing happens to another."""
+    async with services.lease(vm.id, what=vm.name):
+        current = services.vm(vm.id)
+        if current.run is None or observe.phase_of(services, current) is not Phase.CRASHED:
+            return
+        gone = asyncio.ensure_future(wait_for_exit(current.run.pid))
+        try:
+            await end(services, current, gone)
+        finally:
+            gone.cancel()
+    observe.observe_one(services, services.vm(vm.id))
+
+
 async def _record(context: Context[StopRequest]) -> None:
     from atoll.operations.suspend import drop
 
-    record_stopped(context.services, context.vm, str(context.notes.get("how", "")))
+    how = str(context.notes.get("how", ""))
+    _record_stopped(context.services, context.vm, how, for_shutdown=context.request.for_shutdown)
     drop(context.services, context.vm)
     await network_ports.unpublish_all(context.services, context.vm.spec.nics)
 
 
-def record_stopped(services: Services, vm: Vm, how: str) -> None:
+def _record_stopped(services: Services, vm: Vm, how: str, *, for_shutdown: bool) -> None:
     """Write down that it ended, unless that is written already."""
     if vm.run is None:
+        if vm.last_exit is not None and vm.restart != "never":
+            # It may be waiting to be started again.
+            services.records.put_vm(replace(vm, last_exit=_wanted(vm.last_exit, for_shutdown=for_shutdown)))
         return
     end = observe.evidence(vm, services.layout.vm(vm.id))
-    reason: Literal["stopped"] = "stopped"
     if how and end.reason != "guest-panic":
-        end = Exit(at=time.time(), reason=reason, detail=how)
+        end = Exit(at=time.time(), reason="stopped", detail=how)
+    end = _wanted(end, for_shutdown=for_shutdown)
     services.records.put_vm(replace(vm, run=None, last_exit=end))
     cgroups.remove(vm.id)
     services.records.add_event(
         "vm.stopped", vm_id=vm.id, name=vm.name, data={"reason": end.reason, "detail": end.detail}
     )
+
+
+def _wanted(end: Exit, *, for_shutdown: bool) -> Exit:
+    """The end of a run that somebody wanted, whatever it was."""
+    return replace(end, reason="host-shutdown") if for_shutdown else replace(end, asked=True)
 
 
 STOP = Verb(

@@ -19,6 +19,7 @@ from atoll.host import files
 from atoll.model.names import new_id
 from atoll.model.snapshot import Memory
 from atoll.model.state import Phase, require
+from atoll.model.supervision import EndReason
 from atoll.model.vm import Exit, Vm
 from atoll.operations import capture, observe
 from atoll.operations.boot import kill_strays
@@ -35,13 +36,15 @@ class SuspendRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     vm_id: str
     id: str
     """Of the memory."""
+    for_shutdown: bool = False
+    """The computer goes down: nobody wants this VM to sleep for good."""
 
 
-async def suspend(vm: Vm, *, services: Services, report: Report | None = None) -> None:
+async def suspend(vm: Vm, *, services: Services, for_shutdown: bool = False, report: Report | None = None) -> None:
     """Write a live VM's memory to the disk and end its process. Fine if it is suspended. Raises `WrongState`."""
     if vm.suspended is not None and vm.run is None:
         return
-    request = SuspendRequest(vm_id=vm.id, id=new_id())
+    request = SuspendRequest(vm_id=vm.id, id=new_id(), for_shutdown=for_shutdown)
     await perform(SUSPEND, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
 
 
@@ -99,7 +102,8 @@ async def _record(context: Context[SuspendRequest]) -> None:
             accelerator=context.notes["accelerator"],
             running=context.notes["phase"] == Phase.RUNNING,
         )
-        end = Exit(at=time.time(), reason="stopped", detail="it was suspended")
+        reason: EndReason = "host-shutdown" if request.for_shutdown else "stopped"
+        end = Exit(at=time.time(), reason=reason, detail="it was suspended")
         services.records.put_vm(replace(vm, run=None, suspended=memory, last_exit=end))
     services.records.add_event("vm.suspended", vm_id=vm.id, name=vm.name)
 

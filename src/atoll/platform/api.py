@@ -32,7 +32,7 @@ from atoll.model.requests import (
 )
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
-from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, ShareInfo, Stats, Vm, VmInfo
+from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, ShareInfo, Stats, Stopped, Vm, VmInfo
 from atoll.platform.copies import AsyncCopies
 
 Report = Callable[[Progress], None]
@@ -392,6 +392,20 @@ class AsyncHost(Protocol):
         self, source: str, count: int = 1, *, name: str | None = None, report: Report | None = None
     ) -> AsyncCopies:
         """Running copies of a VM (`web`), or of a snapshot with memory (`web@clean`, or its id)."""
+
+    async def stop_all(
+        self,
+        *,
+        timeout: float = 60.0,
+        suspend: bool = False,
+        for_shutdown: bool = False,
+        report: Report | None = None,
+    ) -> list[Stopped]:
+        """Stop every VM that runs within `timeout` seconds, the highest boot order first; returns what became of each.
+
+        `suspend` keeps their memory on the disk where there is time. `for_shutdown`: those that are to be restarted
+        return when the computer starts again.
+        """
 
     async def prune(self, *, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
         """Remove what nothing needs: layers, files, memory, unfinished folders, and what can be made again.

@@ -383,6 +383,7 @@ class Host(_Handle[AsyncHost]):
         return False
 
     ls = _blocking(AsyncHost.ls)
+    stop_all = _blocking(AsyncHost.stop_all)
     prune = _blocking(AsyncHost.prune)
     fsck = _blocking(AsyncHost.fsck)
     diff = _blocking(AsyncHost.diff)

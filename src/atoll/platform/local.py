@@ -10,7 +10,7 @@ from atoll.model.audit import AuditEntry
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.requests import CreateRequest
-from atoll.model.vm import Event, VmInfo
+from atoll.model.vm import Event, Stopped, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import BundleFile, Report
 from atoll.platform.copies import AsyncCopies
@@ -77,8 +77,8 @@ async def _settle(services: Services) -> list[str]:
 class LocalHost:
     """This computer. An async context manager; opening it settles what killed commands have left."""
 
-    def __init__(self, layout: Layout | None = None) -> None:
-        self._services = Services(layout)
+    def __init__(self, layout: Layout | None = None, *, ends_noticed: bool = False) -> None:
+        self._services = Services(layout, ends_noticed=ends_noticed)
         self._notices: list[str] = []
 
     @property
@@ -211,6 +211,19 @@ class LocalHost:
 
         async for event in follow_events(self._services, after=last):
             yield event
+
+    async def stop_all(
+        self,
+        *,
+        timeout: float = 60.0,
+        suspend: bool = False,
+        for_shutdown: bool = False,
+        report: Report | None = None,
+    ) -> list[Stopped]:
+        from atoll.operations.stop_all import StopAll, stop_all
+
+        how = StopAll(timeout=timeout, suspend=suspend, for_shutdown=for_shutdown)
+        return await stop_all(how, services=self._services, report=report)
 
     def audit(self, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[AuditEntry]:
         from atoll.store import audit

@@ -333,6 +333,7 @@ class RemoteHost(Part):
     clone = _there(AsyncHost.clone)
     fork = _there(AsyncHost.fork)
     diff = _there(AsyncHost.diff)
+    stop_all = _there(AsyncHost.stop_all)
     prune = _there(AsyncHost.prune)
     fsck = _there(AsyncHost.fsck)
 

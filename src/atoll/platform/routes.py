@@ -85,6 +85,7 @@ CALLS = (
     Call("POST", "/clone", _host.clone, "operate"),
     Call("POST", "/fork", _host.fork, "operate"),
     Call("POST", "/diff", _host.diff, "read"),
+    Call("POST", "/stop", _host.stop_all, "operate"),
     Call("POST", "/prune", _host.prune, "admin"),
     Call("POST", "/fsck", _host.fsck, "admin"),
     Call("GET", "/vms/{vm}", _vm.info, "read"),

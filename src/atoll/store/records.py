@@ -165,9 +165,15 @@ class Records(Protocol):
     def request_cancel(self, operation_id: str) -> None: ...
 
     def add_event(
-        self, kind: str, *, vm_id: str | None = None, name: str = "", data: dict[str, Any] | None = None
+        self,
+        kind: str,
+        *,
+        vm_id: str | None = None,
+        name: str = "",
+        data: dict[str, Any] | None = None,
+        durable: bool = True,
     ) -> Event:
-        """Append an event and wake its followers."""
+        """Append an event and wake its followers. For `durable` see `put_operation`."""
 
     def last_event(self) -> int:
         """The id of the newest event; 0 before the first."""

@@ -308,10 +308,16 @@ class SqliteRecords:
     # Events
 
     def add_event(
-        self, kind: str, *, vm_id: str | None = None, name: str = "", data: dict[str, Any] | None = None
+        self,
+        kind: str,
+        *,
+        vm_id: str | None = None,
+        name: str = "",
+        data: dict[str, Any] | None = None,
+        durable: bool = True,
     ) -> Event:
         at = time.time()
-        with self._transaction() as db:
+        with self._transaction(durable=durable) as db:
             cursor = db.execute(
                 "INSERT INTO events (at, kind, vm_id, name, data) VALUES (?, ?, ?, ?, ?)",
                 (at, kind, vm_id, name, _encode(data or {})),
