@@ -9,13 +9,13 @@ from litestar import Litestar, Request, get, post
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.params import Parameter
 from litestar.response import ServerSentEvent, ServerSentEventMessage
 
 from atoll import __version__
 from atoll.agent import problems
 from atoll.agent.bytes import byte_handlers
+from atoll.agent.document import DocumentPlugin
 from atoll.agent.handlers import Agent, handler_of, principal_of
 from atoll.agent.streams import stream_handlers
 from atoll.errors import AtollError
@@ -37,7 +37,8 @@ def make_app(agent: Agent) -> Litestar:
             version=__version__,
             path="/v1/schema",
             description="Virtual machines of this computer.",
-            render_plugins=[JsonRenderPlugin()],
+            use_handler_docstrings=True,
+            render_plugins=[DocumentPlugin()],
         ),
         exception_handlers={
             AtollError: problems.on_atoll_error,

@@ -25,7 +25,6 @@ from atoll.platform.routes import Call
 WAIT = 30.0
 """Seconds that a call waits for its end, unless the client prefers otherwise (RFC 7240)."""
 LONGEST_WAIT = 300.0
-_TAGS = {"vms": "virtual machines"}
 
 
 class Agent:
