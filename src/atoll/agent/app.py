@@ -1,6 +1,7 @@
 """The HTTP API: `platform/routes.py` as Litestar handlers, the tasks, the events, and the OpenAPI document."""
 
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -25,6 +26,8 @@ from atoll.platform import routes
 
 LARGEST_BODY = 1 << 20
 """Bytes of a JSON request; files travel otherwise."""
+LAST_EVENT = (1 << 63) - 1
+"""No event has a larger number."""
 
 
 def make_app(agent: Agent) -> Litestar:
@@ -89,11 +92,13 @@ def _event_handlers(agent: Agent) -> list[HTTPRouteHandler]:
     @get("/v1/events", tags=["events"], operation_id="events_follow")
     async def follow(
         request: Request,  # type: ignore[type-arg]
-        after: Annotated[int | None, Parameter(ge=0, description="the last event that is known already")] = None,
+        after: Annotated[
+            int | None, Parameter(ge=0, le=LAST_EVENT, description="the last event that is known already")
+        ] = None,
     ) -> ServerSentEvent:
         """Server-sent events: what happens. `Last-Event-ID` goes on where a connection was lost."""
         last = request.headers.get("last-event-id", "")
-        known = int(last) if last.isdecimal() else after
+        known = min(int(last), LAST_EVENT) if re.fullmatch("[0-9]{1,30}", last) else after
 
         async def stream() -> AsyncIterator[ServerSentEventMessage]:
             async with contextlib.aclosing(agent.host.events(follow=True, after=known)) as events:  # type: ignore[type-var]
@@ -106,7 +111,8 @@ def _event_handlers(agent: Agent) -> list[HTTPRouteHandler]:
 
     @get("/v1/events/past", tags=["events"], operation_id="events_ls")
     async def ls(
-        after: Annotated[int, Parameter(ge=0)] = 0, limit: Annotated[int, Parameter(ge=1, le=1000)] = 1000
+        after: Annotated[int, Parameter(ge=0, le=LAST_EVENT)] = 0,
+        limit: Annotated[int, Parameter(ge=1, le=1000)] = 1000,
     ) -> list[Event]:
         """What happened, oldest first."""
         found: list[Event] = []

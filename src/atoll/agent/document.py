@@ -173,8 +173,10 @@ def _adapt(schema: Any) -> None:
             _adapt(each)
     if not isinstance(schema, dict):
         return
-    if "prefixItems" in schema and schema.get("items") is False:
-        del schema["items"]
+    if schema.get("items") is False:
+        items = schema.pop("prefixItems")
+        kinds = [each for at, each in enumerate(items) if each not in items[:at]]
+        schema["items"] = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
     values = schema.get("enum", [])
     if isinstance(values, list) and values and "type" not in schema:
         schema["type"] = ["string", "null"] if None in values else "string"

@@ -1,5 +1,7 @@
 """Errors of the package as HTTP carries them: RFC 9457 problems."""
 
+import logging
+
 from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException, NotFoundException, ValidationException
 
@@ -8,6 +10,7 @@ from atoll.errors import AtollError
 from atoll.model.task import Problem
 
 PROBLEM_TYPE = "application/problem+json"
+_log = logging.getLogger("atoll.agent")
 
 _STATUS = {
     errors.InvalidInput: 400,
@@ -85,7 +88,7 @@ def on_http_exception(request: Request, error: HTTPException) -> Response[Proble
 
 
 def on_anything(request: Request, error: Exception) -> Response[Problem]:  # type: ignore[type-arg]
-    request.logger.exception("a request failed") if request.logger else None
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return respond(problem_of(error))
 
 
