@@ -14,6 +14,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from msgspec import Struct
 
 from atoll.agent import examples
+from atoll.agent.matching import can_match
 from atoll.agent.problems import PROBLEM_TYPE
 from atoll.agent.texts import field_texts
 from atoll.model.task import Problem, Task
@@ -82,11 +83,11 @@ _HEADERS: dict[str, tuple[Json, str]] = {
         "Made up by the client. The same request with the same key is done once, and answered again.",
     ),
     "If-Match": (
-        {"type": "string", "pattern": '^("[0-9a-f]{32}"|\\*)$'},
+        {"type": "string", "pattern": '^("[0-9a-f]{16}-[0-9a-f]{16}"|\\*)$'},
         "The `ETag` that the thing had when it was read. If it was changed since, 412, and nothing is done.",
     ),
     "If-None-Match": (
-        {"type": "string", "pattern": '^"[0-9a-f]{32}"$'},
+        {"type": "string", "pattern": '^"[0-9a-f]{16}-[0-9a-f]{16}"$'},
         "The `ETag` of what is known already: 304 if it is still that.",
     ),
     "Last-Event-ID": (
@@ -241,7 +242,7 @@ def _headers(http: str, operation: Json, call: Call | None) -> None:
         responses["200"]["headers"] = _answered("ETag")
     elif call is not None:
         asked += ["Prefer", "Idempotency-Key"]
-        if "{vm}" in call.path or "{reference}" in call.path or "{name}" in call.path:
+        if can_match(call):
             asked.append("If-Match")
         responses["200"]["headers"] = _answered("Atoll-Task")
         responses["202"]["headers"] = _answered("Atoll-Task", "Location")

@@ -1,6 +1,5 @@
 """The handlers of the calls in `platform/routes.py`: each of them made of its row."""
 
-import asyncio
 import hashlib
 import inspect
 import re
@@ -12,6 +11,7 @@ from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 
+from atoll.agent.matching import insisting, tag_of
 from atoll.agent.tasks import Tasks, Wanted
 from atoll.errors import InvalidInput
 from atoll.model.task import Problem, Task
@@ -33,8 +33,6 @@ class Agent:
     def __init__(self, host: LocalHost) -> None:
         self.host = host
         self.tasks = Tasks()
-        self.turns: dict[str, asyncio.Lock] = {}
-        """One at a time for changes that insist on what a thing is (`If-Match`)."""
 
 
 def handler_of(call: Call, agent: Agent) -> HTTPRouteHandler:
@@ -97,8 +95,9 @@ def _sign(run: Any, call: Call) -> None:
 
 def _reading(call: Call, agent: Agent) -> Any:
     async def run(request: Any, vm: str | None = None, data: Any = None, **values: Any) -> Any:
-        content = msgspec.json.encode(await perform(call, agent.host, vm=vm, values=values, data=data, report=None))
-        tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        found = await perform(call, agent.host, vm=vm, values=values, data=data, report=None)
+        content = msgspec.json.encode(found)
+        tag = tag_of(found, content)
         if request.headers.get("if-none-match") == tag:
             return Response(None, status_code=304, headers={"ETag": tag})
         return Response(content, media_type="application/json", headers={"ETag": tag})
@@ -112,7 +111,9 @@ def _changing(call: Call, agent: Agent) -> Any:
         wanted = _wanted(call, request, vm, values, data)
 
         async def work(report: Report) -> Any:
-            found = await perform(call, agent.host, vm=vm, values=values, data=data, report=report)
+            insisted = request.headers.get("if-match")
+            with insisting(insisted, call, services=agent.host.services, vm=vm, values=values):
+                found = await perform(call, agent.host, vm=vm, values=values, data=data, report=report)
             return msgspec.Raw(msgspec.json.encode(found))
 
         task = agent.tasks.begin(wanted, work)

@@ -18,6 +18,7 @@ _STATUS = {
     errors.AlreadyExists: 409,
     errors.WrongState: 409,
     errors.Busy: 409,
+    errors.Changed: 412,
     errors.OperationStuck: 409,
     errors.Cancelled: 409,
     errors.TimedOut: 409,
