@@ -174,7 +174,9 @@ def _folders(owner: str) -> Iterator[tuple[str, Path]]:
         user = os.getuid()
         above.append(mounts[""] / f"user.slice/user-{user}.slice/user@{user}.service")
     places = [("", folder) for folder in dict.fromkeys(above)]
-    places += [(each, mounts[each] / ours[each].lstrip("/")) for each in ("pids", "cpu", "memory") if each in ours]
+    # A network namespace made by `ip netns` has a /sys of its own, without these mounts.
+    first = [each for each in ("pids", "cpu", "memory") if each in ours and each in mounts]
+    places += [(each, mounts[each] / ours[each].lstrip("/")) for each in first]
     for controller, place in places:
         for folder in (place / FOLDER).glob(f"{owner}.*"):
             yield controller, folder
