@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 
 import msgspec
-from litestar import Litestar, Request, get, post
+from litestar import Litestar, Request, Response, get, post
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
@@ -14,7 +14,7 @@ from litestar.params import Parameter
 from litestar.response import ServerSentEvent, ServerSentEventMessage
 
 from atoll import __version__
-from atoll.agent import problems
+from atoll.agent import lists, problems
 from atoll.agent.bytes import byte_handlers
 from atoll.agent.document import DocumentPlugin
 from atoll.agent.handlers import Agent, handler_of, principal_of
@@ -55,9 +55,17 @@ def make_app(agent: Agent) -> Litestar:
 
 def _task_handlers(agent: Agent) -> list[HTTPRouteHandler]:
     @get("/v1/tasks", tags=["tasks"], operation_id="tasks_ls")
-    async def ls() -> list[Task]:
+    async def ls(
+        request: Request,  # type: ignore[type-arg]
+        limit: lists.Limit = lists.LONGEST,
+        after: lists.After = None,
+        name: lists.Name = None,
+        in_state: lists.TaskStates = None,
+    ) -> Response[list[Task]]:
         """Requests that changed something, the newest first."""
-        return agent.tasks.ls()
+        asked = {"limit": limit, "after": after, "name": name, "in_state": in_state}
+        found, headers = lists.page("tasks.ls", agent.tasks.ls(), asked, request.url.path)
+        return Response(found, headers=headers)
 
     @get("/v1/tasks/{task:str}", tags=["tasks"], operation_id="tasks_show")
     async def show(
@@ -111,16 +119,25 @@ def _event_handlers(agent: Agent) -> list[HTTPRouteHandler]:
 
     @get("/v1/events/past", tags=["events"], operation_id="events_ls")
     async def ls(
+        request: Request,  # type: ignore[type-arg]
         after: Annotated[int, Parameter(ge=0, le=LAST_EVENT)] = 0,
-        limit: Annotated[int, Parameter(ge=1, le=1000)] = 1000,
-    ) -> list[Event]:
+        limit: lists.Limit = lists.LONGEST,
+        name: lists.Name = None,
+        kind: Annotated[
+            list[str] | None, Parameter(description="such as `vm.started`; several are each welcome")
+        ] = None,
+    ) -> Response[list[Event]]:
         """What happened, oldest first."""
         found: list[Event] = []
         async with contextlib.aclosing(agent.host.events(follow=False, after=after)) as events:  # type: ignore[type-var]
             async for event in events:
-                found.append(event)
-                if len(found) == limit:
+                if lists.is_event(event, name, kind):
+                    found.append(event)
+                if len(found) > limit:
                     break
-        return found
+        if len(found) <= limit:
+            return Response(found)
+        asked = {"limit": limit, "name": name, "kind": kind, "after": found[limit - 1].id}
+        return Response(found[:limit], headers=lists.link(request.url.path, asked))
 
     return [follow, ls]

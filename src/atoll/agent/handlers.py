@@ -11,6 +11,7 @@ from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 
+from atoll.agent import lists
 from atoll.agent.matching import insisting, tag_of
 from atoll.agent.tasks import Tasks, Wanted
 from atoll.errors import InvalidInput
@@ -83,6 +84,7 @@ def _sign(run: Any, call: Call) -> None:
     for each in (*routes.in_path(call), *routes.in_query(call)):
         default = kind.empty if each.required or each in routes.in_path(call) else each.default
         wanted.append(kind(each.name, kind.KEYWORD_ONLY, annotation=each.type, default=default))
+    wanted += lists.parameters(call.name)
     if (body := routes.body(call)) is not None:
         optional = all(not field.required for field in msgspec.structs.fields(body))
         annotation, default = (body | None, None) if optional else (body, kind.empty)
@@ -94,13 +96,19 @@ def _sign(run: Any, call: Call) -> None:
 
 
 def _reading(call: Call, agent: Agent) -> Any:
+    filters = [each.name for each in lists.parameters(call.name)]
+
     async def run(request: Any, vm: str | None = None, data: Any = None, **values: Any) -> Any:
+        asked = {name: values.pop(name) for name in filters}
         found = await perform(call, agent.host, vm=vm, values=values, data=data, report=None)
+        headers: dict[str, str] = {}
+        if filters:
+            found, headers = lists.page(call.name, found, asked, request.url.path)
         content = msgspec.json.encode(found)
-        tag = tag_of(found, content)
+        headers["ETag"] = tag = tag_of(found, content)
         if request.headers.get("if-none-match") == tag:
-            return Response(None, status_code=304, headers={"ETag": tag})
-        return Response(content, media_type="application/json", headers={"ETag": tag})
+            return Response(None, status_code=304, headers=headers)
+        return Response(content, media_type="application/json", headers=headers)
 
     return run
 
