@@ -62,6 +62,7 @@ _PROBLEMS = {
     403: "Who asks may not do that.",
     404: "What it is about isn't there.",
     405: "There is no such call.",
+    408: "The rest of the request didn't come.",
     409: "The state of things forbids it, or others are at work on it.",
     412: "It was changed meanwhile (`If-Match`); nothing was done.",
     413: "The request is too large.",

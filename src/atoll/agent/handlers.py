@@ -11,7 +11,7 @@ from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 
-from atoll.agent import lists
+from atoll.agent import limits, lists
 from atoll.agent.matching import insisting, tag_of
 from atoll.agent.tasks import Tasks, Wanted
 from atoll.errors import InvalidInput
@@ -124,6 +124,7 @@ def _changing(call: Call, agent: Agent) -> Any:
                 found = await perform(call, agent.host, vm=vm, values=values, data=data, report=report)
             return msgspec.Raw(msgspec.json.encode(found))
 
+        limits.check_tasks(agent.tasks.running(wanted.principal))
         task = agent.tasks.begin(wanted, work)
         if wait:
             task = await agent.tasks.ended(task.id, principal=wanted.principal, seconds=wait)

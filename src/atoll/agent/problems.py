@@ -19,6 +19,7 @@ _STATUS = {
     errors.WrongState: 409,
     errors.Busy: 409,
     errors.Changed: 412,
+    errors.TooMany: 429,
     errors.OperationStuck: 409,
     errors.Cancelled: 409,
     errors.TimedOut: 409,
@@ -59,7 +60,8 @@ def _unforeseen(error: BaseException) -> AtollError:
 
 
 def respond(problem: Problem) -> Response[Problem]:
-    return Response(problem, status_code=problem.status, media_type=PROBLEM_TYPE)
+    headers = {"Retry-After": "1"} if problem.status == 429 else None
+    return Response(problem, status_code=problem.status, media_type=PROBLEM_TYPE, headers=headers)
 
 
 def on_atoll_error(request: Request, error: AtollError) -> Response[Problem]:  # type: ignore[type-arg]

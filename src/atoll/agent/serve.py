@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
+from atoll.agent import limits
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
 from atoll.errors import Busy
@@ -72,8 +73,9 @@ async def only_one(layout: Layout) -> AsyncIterator[None]:
         ) from error
 
 
-async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT; what is at work then is undone."""
+async def serve(layout: Layout, *, rate: float = limits.RATE, ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGTERM or SIGINT; what is at work then is undone. A principal may send `rate` requests a second."""
+    connections = limits.Connections(limits.raise_file_limit())
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
         host = await stack.enter_async_context(LocalHost(layout))
@@ -82,7 +84,7 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
         for told in host.notices():
             sys.stderr.write(f"{told}\n")
         ending = _ending_signals(stack)
-        servers = [_server(make_app(agent), listener) for listener in listeners]
+        servers = [_server(limits.Limited(make_app(agent), rate=rate), listener, connections) for listener in listeners]
         serving = [
             asyncio.create_task(server.serve(sockets=[each.socket]))
             for server, each in zip(servers, listeners, strict=True)
@@ -113,7 +115,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(app: Any, listener: Listener) -> _Server:
+def _server(app: Any, listener: Listener, connections: limits.Connections) -> _Server:
     async def told_where(scope: Any, receive: Any, send: Any) -> None:
         scope.setdefault("state", {})["via"] = listener.via
         await app(scope, receive, send)
@@ -124,7 +126,10 @@ def _server(app: Any, listener: Listener) -> _Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        http=connections.protocol,  # type: ignore[arg-type]  # it is called as a class would be
+        timeout_keep_alive=limits.KEEP_ALIVE,
         timeout_graceful_shutdown=5,
+        ws_max_queue=8,
         ssl_certfile=listener.certificate,
         ssl_keyfile=listener.key,
     )

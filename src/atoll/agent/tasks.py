@@ -100,6 +100,12 @@ class Tasks:
             if principal is None or each.wanted.principal == principal
         ]
 
+    def running(self, principal: str) -> int:
+        """How many run for one who asks."""
+        return sum(
+            each.wanted.principal == principal and each.task.state == "running" for each in self._entries.values()
+        )
+
     def _entry(self, reference: str, principal: str) -> _Entry:
         found = self._entries.get(self._by_key.get((principal, reference), reference))
         if found is None:

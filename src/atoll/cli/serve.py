@@ -8,7 +8,14 @@ from atoll.cli.failures import note
 
 
 @click.command("serve")
-def serve_command() -> None:
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0),
+    default=5000,
+    show_default=True,
+    help="How many requests a second one client may send; 0 for any number.",
+)
+def serve_command(rate: float) -> None:
     """Watch over this computer's VMs, and serve its HTTP API, until it is ended.
 
     Local commands go through it while it runs. A VM that runs doesn't depend on it.
@@ -22,4 +29,4 @@ def serve_command() -> None:
     from atoll.agent.serve import serve
 
     found = layout.find()
-    asyncio.run(serve(found, ready=lambda: note(f"listening on {found.agent_socket}")))
+    asyncio.run(serve(found, rate=rate, ready=lambda: note(f"listening on {found.agent_socket}")))
