@@ -70,9 +70,11 @@ _PROBLEMS = {
     424: "Something that it depends on refused: the guest, QEMU, a server elsewhere.",
     429: "Too many requests; `Retry-After` says when the next may come.",
     500: "A mistake of Atoll's.",
+    503: "The agent can't do its work; the problem says why.",
     507: "The disk is full, or can't be used.",
 }
 _ONLY_CHANGES = {412}
+_ONLY_OF = {503: "agent_ready"}
 
 _HEADERS: dict[str, tuple[Json, str]] = {
     "Prefer": (
@@ -261,7 +263,8 @@ def _answered(*names: str) -> Json:
 
 def _problems(http: str, operation: Json) -> None:
     for status in _PROBLEMS:
-        if status not in _ONLY_CHANGES or http != "get":
+        mine = operation["operationId"] == _ONLY_OF.get(status, operation["operationId"])
+        if mine and (status not in _ONLY_CHANGES or http != "get"):
             operation["responses"][str(status)] = {"$ref": f"#/components/responses/Problem{status}"}
 
 

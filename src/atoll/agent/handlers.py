@@ -13,6 +13,7 @@ from litestar.openapi.datastructures import ResponseSpec
 
 from atoll.agent import limits, lists
 from atoll.agent.matching import insisting, tag_of
+from atoll.agent.metrics import Meter
 from atoll.agent.tasks import Tasks, Wanted
 from atoll.errors import InvalidInput
 from atoll.model.task import Problem, Task
@@ -34,6 +35,7 @@ class Agent:
     def __init__(self, host: LocalHost) -> None:
         self.host = host
         self.tasks = Tasks()
+        self.meter = Meter()
 
 
 def handler_of(call: Call, agent: Agent) -> HTTPRouteHandler:
@@ -120,7 +122,10 @@ def _changing(call: Call, agent: Agent) -> Any:
 
         async def work(report: Report) -> Any:
             insisted = request.headers.get("if-match")
-            with insisting(insisted, call, services=agent.host.services, vm=vm, values=values):
+            with (
+                agent.meter.measuring(call.name),
+                insisting(insisted, call, services=agent.host.services, vm=vm, values=values),
+            ):
                 found = await perform(call, agent.host, vm=vm, values=values, data=data, report=report)
             return msgspec.Raw(msgspec.json.encode(found))
 

@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -15,12 +15,14 @@ import uvicorn
 from atoll.agent import limits
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
+from atoll.agent.metrics import Measured
 from atoll.errors import Busy
 from atoll.host import files, sockets
 from atoll.host.lease import lease
 from atoll.layout import Layout
 from atoll.platform.local import LocalHost
 
+_log = logging.getLogger("atoll.agent")
 CLOSE_TIMEOUT = 60.0
 """Seconds that requests at work have to be undone in when the agent ends."""
 GROUP = "atoll"
@@ -82,9 +84,12 @@ async def serve(layout: Layout, *, rate: float = limits.RATE, ready: Callable[[]
         agent = Agent(host)
         listeners = [stack.enter_context(listen_locally(layout))]
         for told in host.notices():
-            sys.stderr.write(f"{told}\n")
+            _log.warning("%s", told)
         ending = _ending_signals(stack)
-        servers = [_server(limits.Limited(make_app(agent), rate=rate), listener, connections) for listener in listeners]
+        servers = [
+            _server(limits.Limited(Measured(make_app(agent), agent.meter), rate=rate), listener, connections)
+            for listener in listeners
+        ]
         serving = [
             asyncio.create_task(server.serve(sockets=[each.socket]))
             for server, each in zip(servers, listeners, strict=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -10,12 +11,14 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from atoll.agent import logs
 from atoll.agent.problems import problem_of
 from atoll.errors import Cancelled, InvalidInput, NotFound, WrongState
 from atoll.model.names import new_id
 from atoll.model.operation import Progress
 from atoll.model.task import Task
 
+_log = logging.getLogger("atoll.agent")
 KEPT = 1000
 """How many that have ended can still be asked for."""
 
@@ -75,6 +78,14 @@ class Tasks:
         return task
 
     async def _run(self, entry: _Entry, work: Work) -> None:
+        wanted = entry.wanted
+        logs.about.set(
+            {"task": entry.task.id, "call": wanted.call, "subject": wanted.subject, "principal": wanted.principal}
+        )
+        await self._do(entry, work)
+        _log.info("%s", entry.task.error.detail if entry.task.error is not None else entry.task.state)
+
+    async def _do(self, entry: _Entry, work: Work) -> None:
         try:
             result = await work(lambda progress: entry.change(progress=progress))
         except (asyncio.CancelledError, Cancelled) as error:
@@ -100,10 +111,11 @@ class Tasks:
             if principal is None or each.wanted.principal == principal
         ]
 
-    def running(self, principal: str) -> int:
-        """How many run for one who asks."""
+    def running(self, principal: str | None = None) -> int:
+        """How many run, for all or for one who asks."""
         return sum(
-            each.wanted.principal == principal and each.task.state == "running" for each in self._entries.values()
+            each.task.state == "running" and principal in (None, each.wanted.principal)
+            for each in self._entries.values()
         )
 
     def _entry(self, reference: str, principal: str) -> _Entry:

@@ -1,6 +1,8 @@
 """`serve`: the agent of this computer."""
 
 import asyncio
+import logging
+from typing import Literal
 
 import click
 
@@ -15,7 +17,14 @@ from atoll.cli.failures import note
     show_default=True,
     help="How many requests a second one client may send; 0 for any number.",
 )
-def serve_command(rate: float) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: each entry is a line of JSON, and each task has one.",
+)
+def serve_command(rate: float, log_format: Literal["text", "json"]) -> None:
     """Watch over this computer's VMs, and serve its HTTP API, until it is ended.
 
     Local commands go through it while it runs. A VM that runs doesn't depend on it.
@@ -26,7 +35,10 @@ def serve_command(rate: float) -> None:
       curl --unix-socket ~/.local/share/atoll/run/agent.sock http://atoll/v1/vms
     """
     from atoll import layout
+    from atoll.agent import logs
     from atoll.agent.serve import serve
 
     found = layout.find()
-    asyncio.run(serve(found, rate=rate, ready=lambda: note(f"listening on {found.agent_socket}")))
+    logs.configure(log_format)
+    tell = note if log_format == "text" else logging.getLogger("atoll.agent").info
+    asyncio.run(serve(found, rate=rate, ready=lambda: tell(f"listening on {found.agent_socket}")))
