@@ -17,7 +17,13 @@ from atoll.agent import examples
 from atoll.layout import Layout
 from atoll.platform import routes
 
-BYTES = ("image/png", "application/x-tar", "application/vnd.tcpdump.pcap")
+BYTES = (
+    "image/png",
+    "application/x-pem-file",
+    "application/x-ndjson",
+    "application/x-tar",
+    "application/vnd.tcpdump.pcap",
+)
 """What the generator doesn't know is like `application/octet-stream` to it."""
 
 

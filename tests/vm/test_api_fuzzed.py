@@ -42,7 +42,7 @@ CHECKS = [
 ]
 # Not `positive_data_acceptance`: whether an image, a processor or a rule is one that exists is no question of a schema.
 
-ENDLESS = {"events_follow", "tasks_follow", "vm_logs", "vm_capture"}
+ENDLESS = {"audit_follow", "events_follow", "tasks_follow", "vm_logs", "vm_capture"}
 """Of these only the beginning is looked at."""
 Change = Callable[[Case, Path], None]
 

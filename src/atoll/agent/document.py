@@ -38,6 +38,7 @@ _TAGS = {
     "tasks": "Requests that change something, while they are at work and after.",
     "operations": "The journal: each verb with its steps.",
     "events": "What happens.",
+    "access": "Who may, and who did what.",
 }
 _TAG_OF = {
     "clone": "vms", "fork": "vms", "diff": "vms", "image": "images", "catalogue": "images", "backup": "backups",
@@ -51,6 +52,8 @@ _MEDIA = {
     "host_export": "application/x-tar",
     "tasks_follow": _EVENTS,
     "events_follow": _EVENTS,
+    "audit_follow": "application/x-ndjson",
+    "authority_show": "application/x-pem-file",
     "agent_metrics": "text/plain; version=0.0.4",
 }
 """What answers are that aren't JSON."""
@@ -116,9 +119,15 @@ class DocumentPlugin(JsonRenderPlugin):
 def complete(litestars: Json) -> Json:
     """The whole document, of what Litestar makes."""
     document: Json = msgspec.json.decode(msgspec.json.encode(litestars, enc_hook=str))
+    document["paths"] = {path: item for path, item in document["paths"].items() if "/schema" not in path}
     document["tags"] = [{"name": name, "description": text} for name, text in _TAGS.items()]
     schemas, components = _types()
     document["components"]["schemas"] |= components
+    document["components"]["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer", "description": "A token of `atoll token create`."}
+    }
+    # Nobody shows a token to the local socket, nor where he has a certificate.
+    document["security"] = [{"bearer": []}, {}]
     document["components"]["responses"] = {f"Problem{status}": _problem(status) for status in _PROBLEMS}
     calls = {call.name.replace(".", "_"): call for call in routes.CALLS}
     for path, http, operation in _operations(document):

@@ -12,6 +12,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 
 from atoll.agent import limits, lists
+from atoll.agent.access import Access, require
 from atoll.agent.matching import insisting, tag_of
 from atoll.agent.metrics import Meter
 from atoll.agent.tasks import Tasks, Wanted
@@ -32,8 +33,9 @@ LONGEST_WAIT = 300.0
 class Agent:
     """What the handlers share."""
 
-    def __init__(self, host: LocalHost) -> None:
+    def __init__(self, host: LocalHost, access: Access) -> None:
         self.host = host
+        self.access = access
         self.tasks = Tasks()
         self.meter = Meter()
 
@@ -117,6 +119,7 @@ def _reading(call: Call, agent: Agent) -> Any:
 
 def _changing(call: Call, agent: Agent) -> Any:
     async def run(request: Any, vm: str | None = None, data: Any = None, **values: Any) -> Any:
+        require(request.scope["state"], routes.scope_of(call, data))
         wait = _preferred_wait(request.headers.get("prefer", ""))
         wanted = _wanted(call, request, vm, values, data)
 
@@ -144,6 +147,7 @@ def _wanted(call: Call, request: Any, vm: str | None, values: Mapping[str, Any],
     if key is not None and not 1 <= len(key) <= 200:
         raise InvalidInput("the idempotency key can't be used", "it has no or more than 200 characters")
     subject = vm or next((str(each) for each in values.values()), "") or getattr(data, "name", None) or ""
+    request.scope["state"]["subject"] = subject
     return Wanted(
         call=call.name,
         subject=subject,
@@ -155,7 +159,7 @@ def _wanted(call: Call, request: Any, vm: str | None, values: Mapping[str, Any],
 
 def principal_of(request: Any) -> str:
     """Who asks, as the log of what was done names him."""
-    return str(request.scope.get("state", {}).get("principal", "local"))
+    return str(request.scope["state"]["principal"])
 
 
 def _preferred_wait(prefer: str) -> float:

@@ -17,9 +17,9 @@ from typing import Any
 
 import msgspec
 from litestar.exceptions import HTTPException
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from atoll.agent.problems import PROBLEM_TYPE, problem_of
+from atoll.agent.tls import PeerProtocol
 from atoll.errors import TooMany
 
 RATE = 5000
@@ -64,7 +64,7 @@ class Connections:
             next(iter(self.idle)).transport.close()
 
 
-class GuardedProtocol(HttpToolsProtocol):
+class GuardedProtocol(PeerProtocol):
     """uvicorn's, which waits for ever for the head of a request."""
 
     def __init__(self, among: Connections, **options: Any) -> None:

@@ -14,6 +14,8 @@ _log = logging.getLogger("atoll.agent")
 
 _STATUS = {
     errors.InvalidInput: 400,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.AlreadyExists: 409,
     errors.WrongState: 409,
@@ -60,7 +62,7 @@ def _unforeseen(error: BaseException) -> AtollError:
 
 
 def respond(problem: Problem) -> Response[Problem]:
-    headers = {"Retry-After": "1"} if problem.status == 429 else None
+    headers = {401: {"WWW-Authenticate": 'Bearer realm="atoll"'}, 429: {"Retry-After": "1"}}.get(problem.status)
     return Response(problem, status_code=problem.status, media_type=PROBLEM_TYPE, headers=headers)
 
 

@@ -38,10 +38,9 @@ async def mended(
         return links
     cards = [link for link in links if link.name.startswith(link_text.TAP) and link.mac]
     settings = {card.name: _settings(card, wanted[card.mac]) for card in cards if card.mac in wanted}
-    kept = {tap for tap, (_, told) in running.items() if settings.get(tap) == told}
-    for tap, (pid, _) in running.items():
-        if tap not in kept:
-            namespace.kill(pid)
+    whole = {card.name for card in cards if _has_cable(card, links)}
+    kept = {tap for tap, (_, told) in running.items() if settings.get(tap) == told and tap in whole}
+    namespace.end_all([pid for tap, (pid, _) in running.items() if tap not in kept])
     plain = [card for card in cards if card.name not in settings and card.master != BRIDGE]
     used = {link_text.private_bridge(tap) for tap in settings}
     unused = [link.name for link in links if link.name.startswith(link_text.PRIVATE) and link.name not in used]
@@ -54,6 +53,13 @@ async def mended(
 
 def _names(links: Sequence[Link]) -> set[str]:
     return {link.name for link in links}
+
+
+def _has_cable(card: Link, links: Sequence[Link]) -> bool:
+    """Whether its relay's outer tap is where a killed command may not have put it: that is done last."""
+    return any(
+        each.name.startswith(link_text.OUTER) and each.master == BRIDGE and each.mac == card.mac for each in links
+    )
 
 
 def _private(card: Link) -> str:
@@ -119,5 +125,4 @@ def _spawn(holder: int, paths: NetworkPaths, tap: str, settings: str, opened: Se
 
 def end(paths: NetworkPaths) -> None:
     """They would end by themselves, a moment after the network."""
-    for pid, _ in relays_of(paths).values():
-        namespace.kill(pid)
+    namespace.end_all([pid for pid, _ in relays_of(paths).values()])

@@ -81,13 +81,12 @@ def for_names(
     )
 
 
-def for_uplink(binary: str, *, holder: int, folder: Path, groups: tuple[str, ...] = ()) -> Jail:
+def for_uplink(binary: str, *, network_id: str, holder: int, folder: Path, groups: tuple[str, ...] = ()) -> Jail:
     """The jail for a network's way out, which opens a tap in the network's namespace before it drops the privileges for
     that. Root's is outside of the holder's user namespace: in there it couldn't have ports below 1024.
     """
     root = os.geteuid() == 0
-    seed = secrets.token_hex(4)
-    ids = (None if without_ids(seed) else own_ids(seed)) if root else _ids_in(holder)
+    ids = uplink_ids(network_id, holder)
     return _jail(
         (binary, "/etc/resolv.conf"),
         namespaces=True,
@@ -116,8 +115,18 @@ def for_relay(python: str, *, holder: int, groups: tuple[str, ...] = ()) -> Jail
     )
 
 
+def uplink_ids(network_id: str, holder: int) -> Ids | None:
+    """The uplink's user: for root one that is neither a VM's nor the holder's, else the one that the holder's user
+    namespace has besides this user.
+    """
+    if os.geteuid() == 0:
+        seed = network_id[8:]
+        return None if without_ids(seed) else own_ids(seed)
+    return _ids_in(holder)
+
+
 def _ids_in(holder: int) -> Ids | None:
-    """Those that the holder's user namespace has besides this user's."""
+    """The user that the holder's user namespace has besides the one who made it."""
     lines = [line.split() for line in Path(f"/proc/{holder}/uid_map").read_text().splitlines()]
     user = next((int(outside) for inside, outside, _ in lines if inside == "1"), None)
     return None if user is None else Ids(user=user, group=user)

@@ -117,10 +117,11 @@ async def _mount(services: Services, vm: Vm, share: ShareSpec) -> None:
     """A new server behind the port, and the guest on it."""
     paths = services.layout.vm(vm.id)
     files.make_folder(paths.logs)
-    folder = ServedFolder(path=share.host_path, read_only=share.read_only)
-    served = folder_server.serve(folder, log=paths.share_log, groups=cgroups.entrances(vm.id))
+    wanted = ServedFolder(path=share.host_path, read_only=share.read_only)
+    served = folder_server.serve(wanted, log=paths.share_log, groups=cgroups.entrances(vm.id))
     with served.link:
-        server = shares.Server(process=served.process, at=time.time())
+        folder = shares.folder_at(share.host_path) or (0, 0)
+        server = shares.Server(process=served.process, at=time.time(), folder=folder)
         files.write_atomically(paths.share(share.number), msgspec.json.encode(server))
         async with control(services, vm) as monitor:
             await _connect(monitor, share, served.link.fileno())
