@@ -201,3 +201,21 @@ def _told(error: BaseException) -> str:
         raise error
     parts = getattr(error, "exceptions", None)
     return "; ".join(_told(part) for part in parts) if parts else f"{type(error).__name__}: {error}"[:3000]
+
+
+def test_what_was_found_once_stays_mended(layout: Layout) -> None:
+    with serving(layout) as session:
+        made = {"name": "web", "memory": "64MiB", "disks": [{"size": "1MiB"}]}
+        assert session.post(f"{URL}/v1/vms", json=made, timeout=60).status_code == 200
+        web = f"{URL}/v1/vms/web"
+
+        beyond = session.get(f"{URL}/v1/events/past", params={"after": 1 << 63}, timeout=60)
+        assert (beyond.status_code, beyond.json()["code"]) == (400, "invalid-input")
+        absent = session.post(f"{URL}/v1/images/import", json={"path": "/nowhere/disk"}, timeout=60)
+        assert (absent.status_code, absent.json()["code"]) == (422, "image-refused")
+        too_many = session.post(f"{web}/wait", json={"text": "a{99999999999}"}, timeout=60)
+        assert (too_many.status_code, too_many.json()["code"]) == (400, "invalid-input")
+        session.post(f"{web}/start", timeout=60)
+        later = session.post(f"{web}/wait", json={"text": "never"}, headers={"Prefer": "wait=1"}, timeout=60)
+        assert (later.status_code, later.json()["call"]) == (202, "vm.wait")
+        session.delete(web, params={"force": "true"}, timeout=60)

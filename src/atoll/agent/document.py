@@ -79,7 +79,7 @@ _PROBLEMS = {
 _ONLY_CHANGES = {412}
 _ONLY_OF = {503: "agent_ready"}
 
-_HEADERS: dict[str, tuple[Json, str]] = {
+HEADERS: dict[str, tuple[Json, str]] = {
     "Prefer": (
         {"type": "string", "pattern": r"^(respond-async|wait=\d{1,3})$", "examples": ["respond-async"]},
         "`respond-async` answers at once with 202 and the task, `wait=N` after so many seconds at most; else 30.",
@@ -160,16 +160,24 @@ def _types() -> tuple[dict[Any, Json], Json]:
     )
     for name, schema in components.items():
         _adapt(schema)
-        kind = next((each for each in _structs(Struct) if each.__name__ == name), None)
-        for field, text in (field_texts(kind) if kind is not None else {}).items():
-            if (told := schema.get("properties", {}).get(field)) is not None:
-                told["description"] = text
+        _describe(schema, name)
     for kind, example in examples.ANSWERS.items():
         components[kind.__name__]["examples"] = [msgspec.to_builtins(example)]
     schemas = dict(zip(unique, found, strict=True))
     for schema in schemas.values():
         _adapt(schema)
     return schemas, components
+
+
+def _describe(schema: Json, name: str) -> None:
+    """What the code says about the fields."""
+    fields = schema.get("properties", {})
+    for kind in _structs(Struct):
+        # The name alone isn't enough: other parts of the package have types of their own by it.
+        if kind.__name__ == name and set(kind.__struct_encode_fields__) == set(fields):
+            for field, text in field_texts(kind).items():
+                if field in fields:
+                    fields[field]["description"] = text
 
 
 def _structs(kind: type[Struct]) -> Iterator[type[Struct]]:
@@ -261,7 +269,7 @@ def _headers(http: str, operation: Json, call: Call | None) -> None:
     elif operation["operationId"] == "events_follow":
         asked.append("Last-Event-ID")
     for name in asked:
-        schema, text = _HEADERS[name]
+        schema, text = HEADERS[name]
         told = {"name": name, "in": "header", "required": False, "description": text, "schema": schema}
         operation.setdefault("parameters", []).append(told)
 

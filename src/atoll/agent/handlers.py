@@ -172,7 +172,9 @@ def _preferred_wait(prefer: str) -> float:
 def _answer(task: Task) -> Response[Any]:
     headers = {"Atoll-Task": task.id}
     if task.state == "running":
-        return Response(task, status_code=202, headers=headers | {"Location": f"{routes.VERSION}/tasks/{task.id}"})
+        headers["Location"] = f"{routes.VERSION}/tasks/{task.id}"
+        # Told, since Litestar would take the answer of a call that returns text for text.
+        return Response(task, status_code=202, headers=headers, media_type="application/json")
     if task.error is not None:
         return Response(
             task.error, status_code=task.error.status, headers=headers, media_type="application/problem+json"
