@@ -1,13 +1,18 @@
 """What those who watch an agent see: figures for Prometheus, its health, its log."""
 
 import asyncio
+import gzip
 import json
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client.parser import text_string_to_metric_families
 from tests.helpers.agents import agent
 from tests.helpers.api_client import api
@@ -101,6 +106,44 @@ async def test_an_agent_with_a_full_disk_is_alive_and_not_ready(small_home: Path
         assert (await client.get("/readyz")).status_code == 200
 
 
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Span]]:
+    """An OpenTelemetry collector: the spans that it was sent."""
+    received: list[Span] = []
+
+    class Receive(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            sent = gzip.decompress(sent) if self.headers.get("Content-Encoding") == "gzip" else sent
+            for resource in ExportTraceServiceRequest.FromString(sent).resource_spans:
+                received.extend(span for scope in resource.scope_spans for span in scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receive)
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield received
+    server.shutdown()
+    serving.join()
+    server.server_close()
+
+
+async def test_operations_are_traced_below_their_tasks(layout: Layout, collector: list[Span]) -> None:
+    async with agent(layout), api(layout) as client:
+        await client.post("/v1/groups", json={"name": "web"})
+        await client.delete("/v1/groups/none")
+    tasks = {span.name: span for span in collector if not span.parent_span_id}
+    assert set(tasks) == {"groups.create", "groups.rm"}
+    (operation,) = (span for span in collector if span.parent_span_id)
+    assert operation.parent_span_id == tasks["groups.create"].span_id
+    assert {each.key: each.value.string_value for each in operation.attributes}["atoll.state"] == "done"
+
+
 async def test_its_log_tells_each_task(layout: Layout, capfd: pytest.CaptureFixture[str]) -> None:
     async with agent(layout, "--log-format", "json"), api(layout) as client:
         made = await client.post("/v1/groups", json={"name": "web"})
@@ -111,7 +154,8 @@ async def test_its_log_tells_each_task(layout: Layout, capfd: pytest.CaptureFixt
                 await asyncio.sleep(0.1)
                 said += capfd.readouterr().err
     entries = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    told = {each["call"]: each for each in entries if "call" in each}
+    told = {each["call"]: each for each in entries if "call" in each and "operation" not in each}
+    assert [each["call"] for each in entries if "operation" in each] == ["groups.create"]
     assert told["groups.create"]["task"] == made.headers["atoll-task"]
     assert (told["groups.create"]["message"], told["groups.create"]["principal"]) == ("done", "local")
     assert "there is no VM 'none'" in told["vm.start"]["message"]

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from tests.helpers.agents import Served, agent
 from tests.helpers.api_client import api
+from tests.helpers.ports import free_port
 from websockets.asyncio.client import unix_connect
 from websockets.exceptions import InvalidStatus, WebSocketException
 
@@ -141,6 +142,26 @@ async def test_many_websockets_leave_room_for_others(served: Served, layout: Lay
         await answers_others(layout, 2.0)
     # Those that were accepted end by themselves, since what they say is no opening.
     assert refused <= 20
+
+
+async def test_nonsense_in_place_of_tls_and_slow_handshakes_disturb_nobody(layout: Layout) -> None:
+    port = free_port()
+    async with agent(layout, "--listen", f"127.0.0.1:{port}"):
+        nonsense = [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(70_000), os.urandom(4096), b""]
+        made = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+        for (_, writer), said in zip(made, nonsense * 25, strict=True):
+            with contextlib.suppress(OSError):
+                writer.write(said)
+                await writer.drain()
+        await answers_others(layout, 1.0)
+        untrusting = httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=False)
+        async with untrusting as client:
+            begun = time.monotonic()
+            assert (await client.get("/healthz")).status_code == 200
+            assert (await client.get("/v1/vms")).status_code == 401
+            assert time.monotonic() - begun < 2 * IN_TIME
+        for _, writer in made:
+            writer.close()
 
 
 @pytest.mark.slow

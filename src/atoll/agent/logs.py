@@ -21,6 +21,8 @@ class _Json(logging.Formatter):
             "message": record.getMessage(),
             **about.get(),
         }
+        if (operation := getattr(record, "operation", None)) is not None:
+            entry["operation"] = operation
         if record.exc_info:
             entry["error"] = self.formatException(record.exc_info)
         return msgspec.json.encode(entry).decode()

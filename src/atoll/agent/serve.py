@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 import uvicorn
 
-from atoll.agent import limits, tls
+from atoll.agent import limits, tls, traces
 from atoll.agent.access import Access, Door
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
@@ -115,6 +115,7 @@ async def serve(
     connections = limits.Connections(limits.raise_file_limit())
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
+        stack.enter_context(traces.exported())
         host = await stack.enter_async_context(LocalHost(layout))
         agent = Agent(host, Access(layout))
         listeners = [

@@ -11,12 +11,13 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from atoll.agent import logs
+from atoll.agent import logs, traces
 from atoll.agent.problems import problem_of
 from atoll.errors import Cancelled, InvalidInput, NotFound, WrongState
 from atoll.model.names import new_id
-from atoll.model.operation import Progress
+from atoll.model.operation import Operation, Progress
 from atoll.model.task import Task
+from atoll.operations import engine
 
 _log = logging.getLogger("atoll.agent")
 KEPT = 1000
@@ -36,6 +37,11 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """The client's idempotency key: the same one again is the same request."""
     digest: str
     """Of all that is asked, so that a key isn't used for two things."""
+
+
+def _witness(operation: Operation) -> None:
+    _log.info("%s %s is %s", operation.verb, operation.subject_name, operation.state, extra={"operation": operation.id})
+    traces.of_operation(operation)
 
 
 class _Entry:
@@ -82,7 +88,9 @@ class Tasks:
         logs.about.set(
             {"task": entry.task.id, "call": wanted.call, "subject": wanted.subject, "principal": wanted.principal}
         )
-        await self._do(entry, work)
+        engine.WITNESS.set(_witness)
+        with traces.of_task(wanted.call, task=entry.task.id, subject=wanted.subject, principal=wanted.principal):
+            await self._do(entry, work)
         _log.info("%s", entry.task.error.detail if entry.task.error is not None else entry.task.state)
 
     async def _do(self, entry: _Entry, work: Work) -> None:
