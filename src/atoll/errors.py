@@ -64,6 +64,20 @@ class Busy(AtollError):
     exit_code = 6
 
 
+class Changed(AtollError):
+    """It was changed meanwhile, so nothing was done."""
+
+    code = "changed"
+    exit_code = 6
+
+
+class TooMany(AtollError):
+    """A client asks more of the agent at once than it may."""
+
+    code = "too-many"
+    exit_code = 6
+
+
 class DisksChanged(Busy):
     """The VM's disks aren't any more what they were when the operation was asked for; asking again is enough."""
 

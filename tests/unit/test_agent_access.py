@@ -101,7 +101,12 @@ async def test_whoever_has_no_right_is_refused_everywhere(client: httpx.AsyncCli
 
 
 def test_little_is_for_everybody(layout: Layout) -> None:
-    assert {each.path for each in ways(layout) if each.scope == PUBLIC} == {"/v1/ca.pem", "/v1/join"}
+    assert {each.path for each in ways(layout) if each.scope == PUBLIC} == {
+        "/v1/ca.pem",
+        "/v1/join",
+        "/healthz",
+        "/readyz",
+    }
 
 
 async def test_what_reaches_into_the_host_takes_an_admin(client: httpx.AsyncClient, layout: Layout) -> None:

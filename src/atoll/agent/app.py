@@ -1,23 +1,25 @@
 """The HTTP API: `platform/routes.py` as Litestar handlers, the tasks, the events, and the OpenAPI document."""
 
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import msgspec
-from litestar import Litestar, Request, Router, get, post
+from litestar import Litestar, Request, Response, Router, get, post
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.params import Parameter
 from litestar.response import ServerSentEvent, ServerSentEventMessage
 
 from atoll import __version__
-from atoll.agent import problems
+from atoll.agent import lists, problems
 from atoll.agent.access import guard, is_admin
 from atoll.agent.bytes import byte_handlers
+from atoll.agent.document import DocumentPlugin
 from atoll.agent.handlers import Agent, handler_of, principal_of
+from atoll.agent.health import health_handlers
 from atoll.agent.joining import joining_handlers
 from atoll.agent.streams import stream_handlers
 from atoll.errors import AtollError
@@ -27,6 +29,8 @@ from atoll.platform import routes
 
 LARGEST_BODY = 1 << 20
 """Bytes of a JSON request; files travel otherwise."""
+LAST_EVENT = (1 << 63) - 1
+"""No event has a larger number."""
 
 
 def make_app(agent: Agent) -> Litestar:
@@ -39,6 +43,7 @@ def make_app(agent: Agent) -> Litestar:
             *_event_handlers(agent),
             *byte_handlers(agent),
             *stream_handlers(agent),
+            *health_handlers(agent),
             *joining_handlers(agent),
         ],
         guards=[guard],
@@ -47,7 +52,8 @@ def make_app(agent: Agent) -> Litestar:
             version=__version__,
             openapi_router=Router(path="/v1/schema", route_handlers=[], opt={"scope": "read"}),
             description="Virtual machines of this computer.",
-            render_plugins=[JsonRenderPlugin()],
+            use_handler_docstrings=True,
+            render_plugins=[DocumentPlugin()],
         ),
         exception_handlers={
             AtollError: problems.on_atoll_error,
@@ -65,9 +71,18 @@ def _viewer(request: Request) -> dict[str, Any]:  # type: ignore[type-arg]
 
 def _task_handlers(agent: Agent) -> list[HTTPRouteHandler]:
     @get("/v1/tasks", tags=["tasks"], operation_id="tasks_ls", opt={"scope": "read"})
-    async def ls(request: Request) -> list[Task]:  # type: ignore[type-arg]
+    async def ls(
+        request: Request,  # type: ignore[type-arg]
+        limit: lists.Limit = lists.LONGEST,
+        after: lists.After = None,
+        name: lists.Name = None,
+        in_state: lists.TaskStates = None,
+    ) -> Response[list[Task]]:
         """Requests that changed something, the newest first: one's own, and everybody's for an admin."""
-        return agent.tasks.ls(None if is_admin(request.scope["state"]) else principal_of(request))
+        asked = {"limit": limit, "after": after, "name": name, "in_state": in_state}
+        tasks = agent.tasks.ls(None if is_admin(request.scope["state"]) else principal_of(request))
+        found, headers = lists.page("tasks.ls", tasks, asked, request.url.path)
+        return Response(found, headers=headers)
 
     @get("/v1/tasks/{task:str}", tags=["tasks"], operation_id="tasks_show", opt={"scope": "read"})
     async def show(
@@ -109,11 +124,13 @@ def _event_handlers(agent: Agent) -> list[HTTPRouteHandler]:
     @get("/v1/events", tags=["events"], operation_id="events_follow", opt={"scope": "read"})
     async def follow(
         request: Request,  # type: ignore[type-arg]
-        after: Annotated[int | None, Parameter(ge=0, description="the last event that is known already")] = None,
+        after: Annotated[
+            int | None, Parameter(ge=0, le=LAST_EVENT, description="the last event that is known already")
+        ] = None,
     ) -> ServerSentEvent:
         """Server-sent events: what happens. `Last-Event-ID` goes on where a connection was lost."""
         last = request.headers.get("last-event-id", "")
-        wanted = int(last) if last.isdecimal() else after
+        wanted = min(int(last), LAST_EVENT) if re.fullmatch("[0-9]{1,30}", last) else after
         known = agent.host.last_event() if wanted is None else wanted
 
         async def stream() -> AsyncIterator[ServerSentEventMessage]:
@@ -129,15 +146,25 @@ def _event_handlers(agent: Agent) -> list[HTTPRouteHandler]:
 
     @get("/v1/events/past", tags=["events"], operation_id="events_ls", opt={"scope": "read"})
     async def ls(
-        after: Annotated[int, Parameter(ge=0)] = 0, limit: Annotated[int, Parameter(ge=1, le=1000)] = 1000
-    ) -> list[Event]:
+        request: Request,  # type: ignore[type-arg]
+        after: Annotated[int, Parameter(ge=0, le=LAST_EVENT)] = 0,
+        limit: lists.Limit = lists.LONGEST,
+        name: lists.Name = None,
+        kind: Annotated[
+            list[str] | None, Parameter(description="such as `vm.started`; several are each welcome")
+        ] = None,
+    ) -> Response[list[Event]]:
         """What happened, oldest first."""
         found: list[Event] = []
         async with contextlib.aclosing(agent.host.events(follow=False, after=after)) as events:  # type: ignore[type-var]
             async for event in events:
-                found.append(event)
-                if len(found) == limit:
+                if lists.is_event(event, name, kind):
+                    found.append(event)
+                if len(found) > limit:
                     break
-        return found
+        if len(found) <= limit:
+            return Response(found)
+        asked = {"limit": limit, "name": name, "kind": kind, "after": found[limit - 1].id}
+        return Response(found[:limit], headers=lists.link(request.url.path, asked))
 
     return [follow, ls]

@@ -1,6 +1,5 @@
 """The handlers of the calls in `platform/routes.py`: each of them made of its row."""
 
-import asyncio
 import hashlib
 import inspect
 import re
@@ -12,7 +11,10 @@ from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 
+from atoll.agent import limits, lists
 from atoll.agent.access import Access, require
+from atoll.agent.matching import insisting, tag_of
+from atoll.agent.metrics import Meter
 from atoll.agent.tasks import Tasks, Wanted
 from atoll.errors import InvalidInput
 from atoll.model.task import Problem, Task
@@ -28,7 +30,6 @@ WAIT = 30.0
 LONGEST_WAIT = 300.0
 SECRETS = ("password_hash", "user_data")
 """Fields of what VMs were made with, in records and in the journal."""
-_TAGS = {"vms": "virtual machines"}
 
 
 class Agent:
@@ -38,8 +39,7 @@ class Agent:
         self.host = host
         self.access = access
         self.tasks = Tasks()
-        self.turns: dict[str, asyncio.Lock] = {}
-        """One at a time for changes that insist on what a thing is (`If-Match`)."""
+        self.meter = Meter()
 
 
 def handler_of(call: Call, agent: Agent) -> HTTPRouteHandler:
@@ -90,6 +90,7 @@ def _sign(run: Any, call: Call) -> None:
     for each in (*routes.in_path(call), *routes.in_query(call)):
         default = kind.empty if each.required or each in routes.in_path(call) else each.default
         wanted.append(kind(each.name, kind.KEYWORD_ONLY, annotation=each.type, default=default))
+    wanted += lists.parameters(call.name)
     if (body := routes.body(call)) is not None:
         optional = all(not field.required for field in msgspec.structs.fields(body))
         annotation, default = (body | None, None) if optional else (body, kind.empty)
@@ -101,15 +102,20 @@ def _sign(run: Any, call: Call) -> None:
 
 
 def _reading(call: Call, agent: Agent) -> Any:
+    filters = [each.name for each in lists.parameters(call.name)]
+
     async def run(request: Any, vm: str | None = None, data: Any = None, **values: Any) -> Any:
+        asked = {name: values.pop(name) for name in filters}
         found = await perform(call, agent.host, vm=vm, values=values, data=data, report=None)
-        if request.scope["state"]["scope"] == "read":
-            found = without_secrets(msgspec.to_builtins(found))
-        content = msgspec.json.encode(found)
-        tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        headers: dict[str, str] = {}
+        if filters:
+            found, headers = lists.page(call.name, found, asked, request.url.path)
+        shown = found if request.scope["state"]["scope"] != "read" else without_secrets(msgspec.to_builtins(found))
+        content = msgspec.json.encode(shown)
+        headers["ETag"] = tag = tag_of(found, content)
         if request.headers.get("if-none-match") == tag:
-            return Response(None, status_code=304, headers={"ETag": tag})
-        return Response(content, media_type="application/json", headers={"ETag": tag})
+            return Response(None, status_code=304, headers=headers)
+        return Response(content, media_type="application/json", headers=headers)
 
     return run
 
@@ -128,9 +134,15 @@ def _changing(call: Call, agent: Agent) -> Any:
         wanted = _wanted(call, request, vm, values, data)
 
         async def work(report: Report) -> Any:
-            found = await perform(call, agent.host, vm=vm, values=values, data=data, report=report)
+            insisted = request.headers.get("if-match")
+            with (
+                agent.meter.measuring(call.name),
+                insisting(insisted, call, services=agent.host.services, vm=vm, values=values),
+            ):
+                found = await perform(call, agent.host, vm=vm, values=values, data=data, report=report)
             return msgspec.Raw(msgspec.json.encode(found))
 
+        limits.check_tasks(agent.tasks.running(wanted.principal))
         task = agent.tasks.begin(wanted, work)
         if wait:
             task = await agent.tasks.ended(task.id, principal=wanted.principal, seconds=wait)

@@ -1,5 +1,7 @@
 """Errors of the package as HTTP carries them: RFC 9457 problems."""
 
+import logging
+
 from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException, NotFoundException, ValidationException
 
@@ -8,6 +10,7 @@ from atoll.errors import AtollError
 from atoll.model.task import Problem
 
 PROBLEM_TYPE = "application/problem+json"
+_log = logging.getLogger("atoll.agent")
 
 _STATUS = {
     errors.InvalidInput: 400,
@@ -17,6 +20,8 @@ _STATUS = {
     errors.AlreadyExists: 409,
     errors.WrongState: 409,
     errors.Busy: 409,
+    errors.Changed: 412,
+    errors.TooMany: 429,
     errors.OperationStuck: 409,
     errors.Cancelled: 409,
     errors.TimedOut: 409,
@@ -57,7 +62,7 @@ def _unforeseen(error: BaseException) -> AtollError:
 
 
 def respond(problem: Problem) -> Response[Problem]:
-    headers = {"WWW-Authenticate": 'Bearer realm="atoll"'} if problem.status == 401 else {}
+    headers = {401: {"WWW-Authenticate": 'Bearer realm="atoll"'}, 429: {"Retry-After": "1"}}.get(problem.status)
     return Response(problem, status_code=problem.status, media_type=PROBLEM_TYPE, headers=headers)
 
 
@@ -88,7 +93,7 @@ def on_http_exception(request: Request, error: HTTPException) -> Response[Proble
 
 
 def on_anything(request: Request, error: Exception) -> Response[Problem]:  # type: ignore[type-arg]
-    request.logger.exception("a request failed") if request.logger else None
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return respond(problem_of(error))
 
 

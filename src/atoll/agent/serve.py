@@ -2,22 +2,22 @@
 
 import asyncio
 import contextlib
+import logging
 import os
-import resource
 import signal
 import socket
 import ssl
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
 import uvicorn
 
-from atoll.agent import tls
+from atoll.agent import limits, tls, traces
 from atoll.agent.access import Access, Door
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
+from atoll.agent.metrics import Measured
 from atoll.agent.state import State
 from atoll.agent.supervise import supervise
 from atoll.errors import Busy
@@ -29,6 +29,7 @@ from atoll.model.names import new_id
 from atoll.platform.local import LocalHost
 from atoll.platform.wire import AGENT_HEADER
 
+_log = logging.getLogger("atoll.agent")
 CLOSE_TIMEOUT = 60.0
 """Seconds that requests at work have to be undone in when the agent ends."""
 GROUP = "atoll"
@@ -107,12 +108,17 @@ async def serve(
     *,
     addresses: Sequence[str] = (),
     names: Sequence[str] = (),
+    rate: float = limits.RATE,
     ready: Callable[[list[str]], None] = lambda shown: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; what is at work then is undone. `names` are the computer's for its certificate."""
-    _allow_many_files()
+    """Serve until SIGTERM or SIGINT; what is at work then is undone. `names` are the computer's for its certificate.
+
+    A principal may send `rate` requests a second.
+    """
+    connections = limits.Connections(limits.raise_file_limit())
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
+        stack.enter_context(traces.exported())
         host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True))
         state = stack.enter_context(contextlib.closing(State(layout.agent_state)))
         agent = Agent(host, Access(layout))
@@ -122,16 +128,16 @@ async def serve(
             *await stack.enter_async_context(listen_remotely(layout, addresses, names)),
         ]
         for told in host.notices():
-            _tell(told)
+            _log.warning("%s", told)
         ending = _ending_signals(stack)
-        app = make_app(agent)
+        app = limits.Limited(Measured(make_app(agent), agent.meter), rate=rate)
         watching = asyncio.create_task(agent.access.watch())
-        servers = [_server(Door(app, agent.access, each.via), each) for each in listeners]
+        servers = [_server(Door(app, agent.access, each.via), each, connections) for each in listeners]
         serving = [
             asyncio.create_task(server.serve(sockets=[each.socket]))
             for server, each in zip(servers, listeners, strict=True)
         ]
-        supervising = asyncio.create_task(supervise(host, state, tell=_tell))
+        supervising = asyncio.create_task(supervise(host, state, tell=_log.warning))
         ready([each.shown for each in listeners])
         notify("READY=1")
         ended = asyncio.create_task(ending.wait())
@@ -146,17 +152,6 @@ async def serve(
         await asyncio.gather(*serving)
         watching.cancel()
         await agent.access.note_uses()
-
-
-def _allow_many_files() -> None:
-    """Each VM takes two open files, each connection one; the limit of most systems is 1024, which may be raised."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _tell(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 def _ending_signals(stack: contextlib.AsyncExitStack) -> asyncio.Event:
@@ -175,7 +170,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(app: Any, listener: Listener) -> _Server:
+def _server(app: Any, listener: Listener, connections: limits.Connections) -> _Server:
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -184,9 +179,11 @@ def _server(app: Any, listener: Listener) -> _Server:
         server_header=False,
         # Whoever says that he passes on another one's request could be anybody.
         proxy_headers=False,
-        http=tls.PeerProtocol,
+        http=connections.protocol,  # type: ignore[arg-type]  # it is called as a class would be
         headers=[(AGENT_HEADER.decode(), _INSTANCE)],
+        timeout_keep_alive=limits.KEEP_ALIVE,
         timeout_graceful_shutdown=5,
+        ws_max_queue=8,
     )
     config.load()
     config.ssl = listener.tls

@@ -5,6 +5,7 @@ The agent's own file has each of them, too, so that a key finds its result over 
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -13,13 +14,16 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from atoll.agent import logs, traces
 from atoll.agent.problems import problem_of
 from atoll.agent.state import KeptTask, State
 from atoll.errors import Cancelled, InvalidInput, NotFound, WrongState
 from atoll.model.names import new_id
-from atoll.model.operation import Progress
+from atoll.model.operation import Operation, Progress
 from atoll.model.task import Task
+from atoll.operations import engine
 
+_log = logging.getLogger("atoll.agent")
 KEPT = 1000
 """How many that have ended are kept in memory; all are in the agent's file."""
 KEPT_FOR = 24 * 3600.0
@@ -39,6 +43,11 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """The client's idempotency key: the same one again is the same request."""
     digest: str
     """Of all that is asked, so that a key isn't used for two things."""
+
+
+def _witness(operation: Operation) -> None:
+    _log.info("%s %s is %s", operation.verb, operation.subject_name, operation.state, extra={"operation": operation.id})
+    traces.of_operation(operation)
 
 
 class _Entry:
@@ -94,6 +103,16 @@ class Tasks:
             self._state.put_task(KeptTask(wanted.principal, wanted.key, wanted.digest, entry.task))
 
     async def _run(self, entry: _Entry, work: Work) -> None:
+        wanted = entry.wanted
+        logs.about.set(
+            {"task": entry.task.id, "call": wanted.call, "subject": wanted.subject, "principal": wanted.principal}
+        )
+        engine.WITNESS.set(_witness)
+        with traces.of_task(wanted.call, task=entry.task.id, subject=wanted.subject, principal=wanted.principal):
+            await self._do(entry, work)
+        _log.info("%s", entry.task.error.detail if entry.task.error is not None else entry.task.state)
+
+    async def _do(self, entry: _Entry, work: Work) -> None:
         try:
             result = await work(lambda progress: entry.change(progress=progress))
         except (asyncio.CancelledError, Cancelled) as error:
@@ -143,6 +162,13 @@ class Tasks:
             call=task.call, subject=task.subject, principal=kept.principal, key=kept.key, digest=kept.digest
         )
         return _Entry(wanted, task)
+
+    def running(self, principal: str | None = None) -> int:
+        """How many run, for all or for one who asks."""
+        return sum(
+            each.task.state == "running" and principal in (None, each.wanted.principal)
+            for each in self._entries.values()
+        )
 
     def _entry(self, reference: str, principal: str, admin: bool) -> _Entry:
         """Others than admins see their own only."""

@@ -1,6 +1,8 @@
 """`serve`: the agent of this computer."""
 
 import asyncio
+import logging
+from typing import Literal
 
 import click
 
@@ -18,12 +20,33 @@ from atoll.cli.failures import note
 @click.option(
     "--name", "-n", multiple=True, metavar="NAME", help="A name or address that others reach this computer by."
 )
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0),
+    default=5000,
+    show_default=True,
+    help="How many requests a second one client may send; 0 for any number.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: each entry is a line of JSON, and each task has one.",
+)
 @click.option("--install", is_flag=True, help="Write systemd units that serve from now on, with the other options.")
 @click.option("--uninstall", is_flag=True, help="Remove those units.")
 @click.option("--user", is_flag=True, help="With --install and --uninstall: root's own systemd, not the system's.")
 @click.pass_context
 def serve_command(
-    ctx: click.Context, listen: tuple[str, ...], name: tuple[str, ...], install: bool, uninstall: bool, user: bool
+    ctx: click.Context,
+    listen: tuple[str, ...],
+    name: tuple[str, ...],
+    rate: float,
+    log_format: Literal["text", "json"],
+    install: bool,
+    uninstall: bool,
+    user: bool,
 ) -> None:
     """Watch over this computer's VMs, and serve its HTTP API, until it is ended.
 
@@ -46,10 +69,14 @@ def serve_command(
         units.install(ctx, user=user) if install else units.uninstall(user=user)
         return
     from atoll import layout
+    from atoll.agent import logs
     from atoll.agent.serve import serve
+
+    logs.configure(log_format)
+    tell = note if log_format == "text" else logging.getLogger("atoll.agent").info
 
     def ready(shown: list[str]) -> None:
         for each in reversed(shown):
-            note(f"listening on {each}")
+            tell(f"listening on {each}")
 
-    asyncio.run(serve(layout.find(), addresses=listen, names=name, ready=ready))
+    asyncio.run(serve(layout.find(), addresses=listen, names=name, rate=rate, ready=ready))

@@ -6,6 +6,7 @@ header that lies about its offsets ends in `ImageRefused` and never in a crash o
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -88,18 +89,25 @@ def shown(path: Path | str) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[SourceFile]:
     """Open a regular file for reading, without ever waiting (a pipe would).
 
-    Raises `ImageRefused` for what isn't a regular file or is empty, `StorageFailed` when it can't be read.
+    Raises `ImageRefused` for what isn't there, isn't a regular file or is empty, `StorageFailed` when it can't be read.
     """
     name = shown(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:
         # A null character in a name is a ValueError; a socket is ENXIO.
-        failure = error if isinstance(error, OSError) else OSError(22, str(error))
+        failure = error if isinstance(error, OSError) else OSError(errno.EINVAL, str(error))
+        if failure.errno in _NO_FILE:
+            raise ImageRefused(
+                f"can't read {name}", failure.strerror or str(error), "Give the path of an image file."
+            ) from error
         raise from_os_error(OSError(failure.errno, failure.strerror), f"read {name}") from error
     try:
         status = os.fstat(descriptor)

@@ -14,6 +14,7 @@ import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -74,6 +75,10 @@ class Verb(Generic[R]):
     """What it intends is safe from a power cut before it is done, not only its end. False where a power cut leaves
     nothing to undo: a step's work is in the computer's memory, in the records, or found as unneeded.
     """
+
+
+WITNESS: ContextVar[Callable[[Operation], None] | None] = ContextVar("witness", default=None)
+"""Is told each operation that has ended, whatever its end."""
 
 
 class _Journal:
@@ -141,7 +146,12 @@ async def perform(
             owner=this_process(),
             created_at=time.time(),
         )
-        await _drive(verb, context, _Journal(services, operation, context.notes, durable=verb.durable))
+        journal = _Journal(services, operation, context.notes, durable=verb.durable)
+        try:
+            await _drive(verb, context, journal)
+        finally:
+            if (witness := WITNESS.get()) is not None:
+                witness(journal.operation)
         return context
 
 

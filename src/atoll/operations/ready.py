@@ -57,7 +57,7 @@ async def wait(
 def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise InvalidInput(
             f"'{text}' is no regular expression", str(error), "Put \\ before special characters."
         ) from error

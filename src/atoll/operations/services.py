@@ -12,6 +12,7 @@ from atoll.layout import Layout
 from atoll.model import names
 from atoll.model.operation import Progress
 from atoll.model.vm import Vm
+from atoll.operations import expectation
 from atoll.store.records import Records
 from atoll.store.sqlite import SqliteRecords
 
@@ -80,6 +81,7 @@ class Services:
         from atoll.host.lease import lease
 
         async with lease(self.layout.vm_lock(subject), what=what, timeout=timeout):
+            expectation.locked(subject)
             yield
 
     async def capabilities(self, arch: "Arch") -> "Capabilities":

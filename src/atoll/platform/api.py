@@ -67,13 +67,17 @@ class AsyncVm(Protocol):
     async def info(self) -> VmInfo:
         """The record and the phase, observed now."""
 
-    async def start(self, *, wait: bool = False, timeout: float | None = None) -> None: ...
+    async def start(self, *, wait: bool = False, timeout: float | None = None) -> None:
+        """Start it, or let a suspended one go on; with `wait` until it is ready. Fine if it runs."""
 
     async def stop(self, *, force: bool = False, timeout: float = 60.0) -> None:
         """Ask the agent, then the power button; force it when `timeout` seconds have gone. Fine if it is stopped."""
 
-    async def restart(self, *, force: bool = False, timeout: float = 60.0) -> None: ...
-    async def pause(self) -> None: ...
+    async def restart(self, *, force: bool = False, timeout: float = 60.0) -> None:
+        """Stop it as `stop` does, and start it again."""
+
+    async def pause(self) -> None:
+        """Halt its processors; its memory stays where it is."""
 
     async def resume(self) -> None:
         """Let a paused or suspended VM go on."""
@@ -84,8 +88,11 @@ class AsyncVm(Protocol):
     async def rm(self, *, force: bool = False) -> int:
         """Remove it with its disks and snapshots; a running one only with `force`. Returns how many snapshots went."""
 
-    async def rename(self, name: str) -> None: ...
-    async def set(self, request: SetRequest) -> list[Change]: ...
+    async def rename(self, name: str) -> None:
+        """Give it another name. Its id, and what it calls itself, stay."""
+
+    async def set(self, request: SetRequest) -> list[Change]:
+        """Change its settings: at once where that can be, else at its next start. Each change says which."""
 
     async def wait(
         self,
@@ -121,7 +128,8 @@ class AsyncVm(Protocol):
     async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
         """A file or folder into the guest, modes kept; as `cp -a`: into a folder that exists, else under that name."""
 
-    async def copy_from(self, source: str, destination: Path, *, report: Report | None = None) -> None: ...
+    async def copy_from(self, source: str, destination: Path, *, report: Report | None = None) -> None:
+        """A file or folder out of the guest, as `copy_to` brings it in."""
 
     def logs(
         self, *, follow: bool = False, tail: int | None = None, source: Literal["serial", "qemu", "events"] = "serial"
@@ -137,20 +145,38 @@ class AsyncVm(Protocol):
     async def key(self, *keys: str) -> None:
         """Press keys one after another; `ctrl-alt-delete` is a chord. Names are QEMU's QKeyCode."""
 
-    async def ports(self) -> list[PortSpec]: ...
-    async def publish(self, port: PortSpec) -> PortSpec: ...
-    async def unpublish(self, host_port: int, *, protocol: Literal["tcp", "udp"] = "tcp") -> None: ...
-    async def stats(self) -> Stats: ...
-    async def disks(self) -> list[DiskSpec]: ...
-    async def disk_add(self, request: DiskRequest) -> tuple[DiskSpec, Change]: ...
-    async def disk_rm(self, name: str) -> Change: ...
-    async def disk_resize(self, name: str, size: str | int) -> Change: ...
-    async def shares(self) -> list[ShareInfo]: ...
+    async def ports(self) -> list[PortSpec]:
+        """The guest's ports that are published on this computer."""
+
+    async def publish(self, port: PortSpec) -> PortSpec:
+        """Publish a port of the guest's; at once if it runs."""
+
+    async def unpublish(self, host_port: int, *, protocol: Literal["tcp", "udp"] = "tcp") -> None:
+        """Publish it no longer."""
+
+    async def stats(self) -> Stats:
+        """What it uses of processors, memory, disks and networks; counters since its start."""
+
+    async def disks(self) -> list[DiskSpec]:
+        """Its disks, the one that it boots from first."""
+
+    async def disk_add(self, request: DiskRequest) -> tuple[DiskSpec, Change]:
+        """Give it another disk, at once where that can be."""
+
+    async def disk_rm(self, name: str) -> Change:
+        """Take a disk away, with what is on it."""
+
+    async def disk_resize(self, name: str, size: str | int) -> Change:
+        """Let a disk grow; it can't shrink."""
+
+    async def shares(self) -> list[ShareInfo]:
+        """The folders of this computer that it sees."""
 
     async def share_add(self, request: ShareRequest) -> ShareInfo:
         """Share a folder of the host's, at once if it runs; one that is shared already is mounted anew if need be."""
 
-    async def share_rm(self, guest_path: str) -> Change: ...
+    async def share_rm(self, guest_path: str) -> Change:
+        """Share a folder no longer; the guest's mount of it goes, too."""
 
     async def net_attach(self, request: NicRequest | str) -> tuple[NicSpec, Change]:
         """A card on a network, at once where it can be; a name alone is a network's."""
@@ -237,16 +263,26 @@ class AsyncVm(Protocol):
 class AsyncImages(Protocol):
     """The images of a host."""
 
-    async def ls(self) -> list[Image]: ...
-    async def show(self, reference: str) -> Image: ...
-    async def build(self, request: BuildRequest | str, *, report: Report | None = None) -> Image: ...
-    async def pull(self, request: PullRequest | str, *, report: Report | None = None) -> Image: ...
-    async def import_file(self, request: ImportRequest, *, report: Report | None = None) -> Image: ...
+    async def ls(self) -> list[Image]:
+        """Those that are here."""
+
+    async def show(self, reference: str) -> Image:
+        """One, by a name or its id."""
+
+    async def build(self, request: BuildRequest | str, *, report: Report | None = None) -> Image:
+        """Make one from packages. Fine if it is here already."""
+
+    async def pull(self, request: PullRequest | str, *, report: Report | None = None) -> Image:
+        """Download a published one, and verify it."""
+
+    async def import_file(self, request: ImportRequest, *, report: Report | None = None) -> Image:
+        """Make one of a disk, a CD or a kernel that is a file of this computer."""
 
     async def create(self, source: str, name: str, *, report: Report | None = None) -> Image:
         """Name a VM's present (`web`) or a snapshot (`web@clean`, or its id), so that VMs can be made from it."""
 
-    async def tag(self, reference: str, name: str) -> Image: ...
+    async def tag(self, reference: str, name: str) -> Image:
+        """Give it another name beside those that it has."""
 
     async def rm(self, reference: str, *, force: bool = False) -> None:
         """Take a name away, and the image with its last name. VMs made from it keep their layers."""
@@ -262,19 +298,26 @@ class AsyncImages(Protocol):
 
 
 class AsyncOperations(Protocol):
-    async def ls(self, *, unfinished: bool = False) -> list[Operation]: ...
-    async def show(self, reference: str) -> Operation: ...
+    """The journal of what was done: an operation is one verb, with its steps."""
+
+    async def ls(self, *, unfinished: bool = False) -> list[Operation]:
+        """The journal, newest first; with `unfinished` what runs or is stuck."""
+
+    async def show(self, reference: str) -> Operation:
+        """One, with its steps."""
 
     async def cancel(self, reference: str) -> Operation:
         """Undo what runs or is stuck. Past its point of no return an operation can only be retried."""
 
-    async def retry(self, reference: str) -> Operation: ...
+    async def retry(self, reference: str) -> Operation:
+        """Go on with one that is stuck, where it stopped."""
 
 
 class AsyncPools(Protocol):
     """Copies of snapshots that are started already and stand still: `take` lets one go on, in some milliseconds."""
 
-    async def ls(self) -> list[PoolInfo]: ...
+    async def ls(self) -> list[PoolInfo]:
+        """Those in which copies wait."""
 
     async def fill(self, snapshot: str, ready: int, *, report: Report | None = None) -> int:
         """Start copies of a snapshot with memory (`web@clean`) until `ready` wait; returns how many were started."""
@@ -289,9 +332,14 @@ class AsyncPools(Protocol):
 class AsyncGroups(Protocol):
     """Security groups: rules, such as `allow in tcp 80 from any`, for cards on networks that VMs share."""
 
-    async def ls(self) -> list[GroupInfo]: ...
-    async def show(self, name: str) -> GroupInfo: ...
-    async def create(self, name: str, rules: Sequence[str] = ()) -> GroupInfo: ...
+    async def ls(self) -> list[GroupInfo]:
+        """All of them, with the cards that have them."""
+
+    async def show(self, name: str) -> GroupInfo:
+        """One of them."""
+
+    async def create(self, name: str, rules: Sequence[str] = ()) -> GroupInfo:
+        """A new one. What no rule allows can't reach the cards that have it."""
 
     async def set(self, name: str, rules: Sequence[str]) -> GroupInfo:
         """Other rules in place of those that it has; they hold at once for machines that run."""
@@ -306,9 +354,14 @@ class AsyncNetworks(Protocol):
     @property
     def groups(self) -> AsyncGroups: ...
 
-    async def ls(self) -> list[NetworkInfo]: ...
-    async def show(self, reference: str) -> NetworkInfo: ...
-    async def create(self, request: NetworkRequest | str) -> Network: ...
+    async def ls(self) -> list[NetworkInfo]:
+        """All of them, with the machines on each."""
+
+    async def show(self, reference: str) -> NetworkInfo:
+        """One of them, by its name or id."""
+
+    async def create(self, request: NetworkRequest | str) -> Network:
+        """A new one; what isn't said is chosen."""
 
     async def exec(self, reference: str, command: Sequence[str], *, stdin: bytes | None = None) -> ExecResult:
         """Run a program of this computer in the network, which comes up for that: it reaches VMs by their names."""
@@ -329,7 +382,8 @@ class AsyncBackups(Protocol):
     async def unreadable(self, folder: str | Path) -> list[str]:
         """A sentence about each backup whose manifest can't be read."""
 
-    async def show(self, folder: str | Path, backup: str | None = None) -> Backup: ...
+    async def show(self, folder: str | Path, backup: str | None = None) -> Backup:
+        """One; without a name the newest of the only VM that the folder has backups of."""
 
     async def verify(self, folder: str | Path, backup: str | None = None, *, report: Report | None = None) -> Verified:
         """Read every file that the backups, or one, need, and tell which are damaged."""
@@ -365,7 +419,8 @@ class AsyncHost(Protocol):
     async def __aenter__(self) -> "AsyncHost": ...
     async def __aexit__(self, *exc: object) -> None: ...
 
-    async def ls(self) -> list[VmInfo]: ...
+    async def ls(self) -> list[VmInfo]:
+        """All VMs, with their phases as they are now."""
 
     async def get(self, reference: str) -> AsyncVm:
         """The VM with that name, id, or unique prefix of either. Raises `NotFound`."""

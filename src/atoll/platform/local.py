@@ -86,6 +86,11 @@ class LocalHost:
         return self._services.layout
 
     @property
+    def services(self) -> Services:
+        """For the agent, which is nearer to the operations than a user of the façade."""
+        return self._services
+
+    @property
     def images(self) -> LocalImages:
         return LocalImages(self._services)
 

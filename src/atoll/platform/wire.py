@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import ssl
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -29,6 +30,7 @@ AGENT_HEADER = b"atoll-agent"
 ATTEMPTS = 5
 """How often a request is sent whose connection is lost each time."""
 _CONNECT = {"connect": 10.0, "read": WAIT + 30.0, "write": 60.0, "pool": None}
+_NEXT_PAGE = re.compile('<(.*)>; rel="next"')
 _STREAM = {"connect": 10.0, "read": None, "write": None, "pool": None}
 
 _KINDS: dict[str, type[AtollError]] = {
@@ -115,7 +117,13 @@ class Wire:
 
     async def get(self, path: str, kind: Any, *, query: Mapping[str, Any] | None = None) -> Any:
         async with self.request("GET", path, query=query) as response:
-            return decoded(await response.aread(), kind)
+            found, headers = decoded(await response.aread(), kind), dict(response.headers)
+        # Long lists come in pages.
+        while more := _NEXT_PAGE.fullmatch(headers.get(b"link", b"").decode()):
+            async with self.request("GET", more[1]) as response:
+                found += decoded(await response.aread(), kind)
+                headers = dict(response.headers)
+        return found
 
     async def call(self, call: Call, receiver: str | None, given: Mapping[str, Any], report: Report | None) -> Any:
         """Do what a method of the façade does, over there. Cancelling it cancels it there, and waits for the undo."""
