@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.helpers import image_files
 from tests.helpers.agents import agent
 from tests.helpers.images import adopt_cached
 from tests.helpers.ports import free_port
 
-from atoll.errors import AlreadyExists, InvalidInput, NotFound, TimedOut, WrongState
+from atoll.errors import AlreadyExists, ImageRefused, InvalidInput, NotFound, TimedOut, WrongState
 from atoll.layout import Layout
-from atoll.model.requests import DiskRequest, SetRequest
+from atoll.model.requests import DiskRequest, ImportRequest, SetRequest
 from atoll.model.spec import PortSpec
 from atoll.model.state import Phase
 from atoll.platform.api import AsyncHost, AsyncVm
@@ -98,6 +99,19 @@ async def test_history_is_written_and_read(host: AsyncHost, tmp_path: Path) -> N
     assert {each.vm.name for each in await host.ls()} == {"web", "copy", "again"}
     assert await phase(imported) is Phase.STOPPED
     assert [each.snapshot.name for each in await vm.history()] == ["clean"]
+
+
+async def test_images_are_made_of_files(host: AsyncHost, tmp_path: Path) -> None:
+    (tmp_path / "My CD.iso").write_bytes(image_files.iso())
+    image = await host.images.import_file(ImportRequest(path=str(tmp_path / "My CD.iso"), description="mine"))
+    assert (image.name, image.disks[0].media, image.description) == ("my-cd:latest", "cdrom", "mine")
+    assert image in await host.images.ls()
+    (tmp_path / "empty").touch()
+    with pytest.raises(ImageRefused, match="it is empty"):
+        await host.images.import_file(ImportRequest(path=str(tmp_path / "empty")))
+    (tmp_path / "damaged").write_bytes(b"QFI\xfb" + bytes(600))
+    with pytest.raises(ImageRefused, match="damaged can't be used as an image"):
+        await host.images.import_file(ImportRequest(path=str(tmp_path / "damaged")))
 
 
 async def test_terminals_are_joined(host: AsyncHost) -> None:

@@ -18,6 +18,7 @@ from atoll.agent import problems
 from atoll.agent.bytes import byte_handlers
 from atoll.agent.handlers import Agent, handler_of, principal_of
 from atoll.agent.streams import stream_handlers
+from atoll.agent.transfers import transfer_handlers
 from atoll.errors import AtollError
 from atoll.model.task import Task
 from atoll.model.vm import Event
@@ -31,7 +32,14 @@ def make_app(agent: Agent) -> Litestar:
     """The application."""
     handlers = [handler_of(call, agent) for call in routes.CALLS]
     return Litestar(
-        [*handlers, *_task_handlers(agent), *_event_handlers(agent), *byte_handlers(agent), *stream_handlers(agent)],
+        [
+            *handlers,
+            *_task_handlers(agent),
+            *_event_handlers(agent),
+            *byte_handlers(agent),
+            *transfer_handlers(agent),
+            *stream_handlers(agent),
+        ],
         openapi_config=OpenAPIConfig(
             title="Atoll",
             version=__version__,

@@ -14,6 +14,7 @@ import uvicorn
 
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
+from atoll.agent.transfers import swept
 from atoll.errors import Busy
 from atoll.host import files, sockets
 from atoll.host.lease import lease
@@ -87,6 +88,7 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
             asyncio.create_task(server.serve(sockets=[each.socket]))
             for server, each in zip(servers, listeners, strict=True)
         ]
+        await stack.enter_async_context(swept(layout))
         ready()
         ended = asyncio.create_task(ending.wait())
         await asyncio.wait([ended, *serving], return_when=asyncio.FIRST_COMPLETED)

@@ -11,8 +11,9 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from atoll.errors import from_os_error
+from atoll.errors import StorageFailed, from_os_error
 from atoll.model.spec import Arch
+from atoll.model.units import format_size
 
 PROC = Path("/proc")
 KVM = Path("/dev/kvm")
@@ -182,6 +183,17 @@ def free_disk(path: Path) -> int:
     except OSError as error:
         raise from_os_error(error, f"look at {folder}") from error
     return found.f_bavail * found.f_frsize
+
+
+def check_room(path: Path, size: int, *, what: str) -> None:
+    """Raises `StorageFailed` when so many bytes don't fit below `path`."""
+    free = free_disk(path)
+    if size > free:
+        raise StorageFailed(
+            f"{what} doesn't fit on the disk",
+            f"it has {format_size(size)}, and {format_size(free)} are free",
+            "Free some space (`atoll image prune`), then try again.",
+        )
 
 
 def kvm_state() -> KvmState:

@@ -131,7 +131,6 @@ CALLS = (
     Call("GET", "/catalogue", _images.catalogue, "read"),
     Call("POST", "/images/build", _images.build, "operate"),
     Call("POST", "/images/pull", _images.pull, "operate"),
-    Call("POST", "/images/import", _images.import_file, "admin"),
     Call("POST", "/images/tag", _images.tag, "operate"),
     Call("POST", "/images/prune", _images.prune, "admin"),
     Call("GET", "/operations", _operations.ls, "read"),

@@ -112,29 +112,43 @@ class Wire:
         path, query, content = _asked(call, receiver, given)
         if not call.changes:
             return await self.get(path, routes.result(call), query=query)
+        return await self.change(call.http, path, query=query, content=content, kind=routes.result(call), report=report)
+
+    async def change(
+        self,
+        http: str,
+        path: str,
+        *,
+        kind: Any,
+        query: Mapping[str, Any] | None = None,
+        content: bytes | None = None,
+        report: Report | None = None,
+    ) -> Any:
+        """A request that is a task over there: its result, as `kind`."""
         key = uuid.uuid4().hex
         try:
-            return await self._change(call, path, query=query, content=content, key=key, report=report)
+            return await self._change(http, path, kind=kind, query=query, content=content, key=key, report=report)
         except asyncio.CancelledError:
             await asyncio.shield(self._cancel(key))
             raise
 
     async def _change(
         self,
-        call: Call,
+        http: str,
         path: str,
         *,
-        query: Mapping[str, Any],
+        kind: Any,
+        query: Mapping[str, Any] | None,
         content: bytes | None,
         key: str,
         report: Report | None,
     ) -> Any:
         prefer = f"wait={WAIT}" if report is None else "respond-async"
         headers = {"Idempotency-Key": key, "Prefer": prefer}
-        async with self.request(call.http, path, query=query, content=content, headers=headers) as response:
+        async with self.request(http, path, query=query, content=content, headers=headers) as response:
             said = await response.aread()
         if response.status != 202:
-            return decoded(said, routes.result(call))
+            return decoded(said, kind)
         task = decoded(said, Task)
         if report is not None:
             task = await self._reported(task, report)
@@ -142,7 +156,7 @@ class Wire:
             task = await self.get(f"{routes.VERSION}/tasks/{task.id}", Task, query={"wait": WAIT})
         if task.error is not None:
             raise error_of(task.error)
-        return lenient.convert(task.result, routes.result(call))
+        return lenient.convert(task.result, kind)
 
     async def _reported(self, task: Task, report: Report) -> Task:
         """Tell the progress as it comes; the task as it was last told."""
