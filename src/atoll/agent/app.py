@@ -16,6 +16,7 @@ from litestar.response import ServerSentEvent, ServerSentEventMessage
 from atoll import __version__
 from atoll.agent import problems
 from atoll.agent.bytes import byte_handlers
+from atoll.agent.connections import connection_handlers
 from atoll.agent.handlers import Agent, handler_of, principal_of
 from atoll.agent.streams import stream_handlers
 from atoll.agent.transfers import transfer_handlers
@@ -39,6 +40,7 @@ def make_app(agent: Agent) -> Litestar:
             *byte_handlers(agent),
             *transfer_handlers(agent),
             *stream_handlers(agent),
+            *connection_handlers(agent),
         ],
         openapi_config=OpenAPIConfig(
             title="Atoll",

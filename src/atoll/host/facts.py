@@ -196,6 +196,16 @@ def check_room(path: Path, size: int, *, what: str) -> None:
         )
 
 
+def waits_to_be_accepted(port: int) -> bool:
+    """Whether a connection to a TCP port of this computer's (IPv4) is established, but not taken by its program yet."""
+    listening, local = "0A", f":{port:04X}"
+    for line in (PROC / "net/tcp").read_text().splitlines()[1:]:
+        _, address, _, state, queues = line.split()[:5]
+        if state == listening and address.endswith(local):
+            return int(queues.partition(":")[2], 16) > 0
+    return False
+
+
 def kvm_state() -> KvmState:
     """Whether /dev/kvm can be opened. That doesn't prove that guests run: see `accelerator.py`."""
     try:

@@ -55,6 +55,20 @@ class Terminal(Protocol):
         """Detach. A shell gets a hang-up; a serial line goes on."""
 
 
+class Connection(Protocol):
+    """A two-way byte stream to something of a VM's."""
+
+    async def read(self) -> bytes:
+        """The next bytes, or `b""` when the other side has ended."""
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def end(self) -> None:
+        """Nothing more will be written; what comes can still be read."""
+
+    async def close(self) -> None: ...
+
+
 class AsyncVm(Protocol):
     """A handle to one VM. It holds no resource; it follows the VM by id, so it survives a rename."""
 
@@ -116,6 +130,15 @@ class AsyncVm(Protocol):
 
     async def console(self) -> Terminal:
         """The guest's serial line."""
+
+    async def connect(self, port: int) -> Connection:
+        """A TCP connection to a port of the guest, published or not.
+
+        Raises `WrongState` unless it runs, `Unsupported` without a network that leads to it, `NetworkFailed`.
+        """
+
+    async def vnc(self) -> Connection:
+        """Its display, as VNC viewers speak it (RFB). Raises `Unsupported` without one."""
 
     async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
         """A file or folder into the guest, modes kept; as `cp -a`: into a folder that exists, else under that name."""

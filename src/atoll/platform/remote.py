@@ -29,6 +29,7 @@ from atoll.platform.api import (
     AsyncVm,
     BundleFile,
     ByteSink,
+    Connection,
     Drain,
     Report,
     Terminal,
@@ -173,6 +174,12 @@ class RemoteVm(Part):
 
     async def console(self) -> Terminal:
         return await remote_streams.open_console(self._wire, self._id)
+
+    async def connect(self, port: int) -> Connection:
+        return await remote_streams.open_connection(self._wire, f"/vms/{self._id}/connect/{port}")
+
+    async def vnc(self) -> Connection:
+        return await remote_streams.open_connection(self._wire, f"/vms/{self._id}/vnc")
 
     async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
         await copy_to(self._execute, self._name, source, destination, report=report)
