@@ -61,7 +61,7 @@ class Services:
 
     def find_vm(self, reference: str) -> Vm:
         """By name, id, or unique prefix of either. Raises `NotFound`."""
-        return names.find(reference, self.records.vms(), "VM")
+        return self.records.called(reference) or names.find(reference, self.records.vms(), "VM")
 
     def vm(self, vm_id: str) -> Vm:
         """The record as it is now. Raises `NotFound` when it was removed meanwhile."""

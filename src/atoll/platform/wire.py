@@ -23,6 +23,8 @@ from atoll.platform.routes import Call
 WAIT = 60
 """Seconds that a request may wait for the end of a call before it asks again."""
 CANCEL_TIMEOUT = 120.0
+LONG = 64 << 10
+"""Bytes of an answer that is worth keeping."""
 _CONNECT = {"connect": 10.0, "read": WAIT + 30.0, "write": 60.0, "pool": None}
 _STREAM = {"connect": 10.0, "read": None, "write": None, "pool": None}
 
@@ -57,6 +59,8 @@ class Wire:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self._known: dict[str, tuple[str, list[Any]]] = {}
+        """The last long list, with its tag."""
         self._held = contextlib.ExitStack()
         # The address of a socket is short, its path may not be.
         self.socket = self._held.enter_context(address_of(Path(place.socket))) if place.socket is not None else None
@@ -111,8 +115,23 @@ class Wire:
         """Do what a method of the façade does, over there. Cancelling it cancels it there, and waits for the undo."""
         path, query, content = _asked(call, receiver, given)
         if not call.changes:
-            return await self.get(path, routes.result(call), query=query)
+            return await self._read(path, routes.result(call), query=query)
         return await self.change(call.http, path, query=query, content=content, kind=routes.result(call), report=report)
+
+    async def _read(self, path: str, kind: Any, *, query: Mapping[str, Any]) -> Any:
+        """As `get`; a long list that is the same as the last time (`ETag`) isn't sent and decoded again."""
+        known = self._known.get(path) if not query else None
+        headers = {"If-None-Match": known[0]} if known is not None else {}
+        async with self.request("GET", path, query=query, headers=headers) as response:
+            body = await response.aread()
+        if known is not None and response.status == 304:
+            return list(known[1])
+        found = decoded(body, kind)
+        tag = dict(response.headers).get(b"etag", b"").decode()
+        if not query and tag and len(body) > LONG and isinstance(found, list):
+            self._known.clear()
+            self._known[path] = tag, list(found)
+        return found
 
     async def change(
         self,
