@@ -1,0 +1,31 @@
+"""Memory that a guest doesn't use any more is the computer's again, by itself."""
+
+import asyncio
+
+import pytest
+from tests.helpers.machines import Factory
+
+from atoll.host import facts
+from atoll.model.vm import Vm
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(120)]
+MIB = 1 << 20
+
+
+def resident(vm: Vm) -> int:
+    assert vm.run is not None
+    return facts.memory_resident(vm.run.pid)
+
+
+async def test_what_a_guest_frees_goes_back_to_the_computer(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="384MiB")
+    before = resident(vm.record)
+    await vm.sh("dd if=/dev/urandom of=/dev/shm/big bs=1M count=160 2>/dev/null")
+    full = resident(vm.record)
+    assert full > before + 150 * MIB
+    await vm.sh("rm /dev/shm/big")
+    async with asyncio.timeout(60):
+        # Linux reports blocks of free pages every two seconds.
+        while resident(vm.record) > full - 120 * MIB:  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
+    assert await vm.sh("echo alive") == "alive"
