@@ -46,16 +46,22 @@ def main() -> None:
         tell("Building the tiny image")
         image = atoll.prepare()
         hand = twin(atoll, home)
-        kvm = hand.accelerator == "kvm"
+        kvm, daemon = hand.accelerator == "kvm", None
         if options.peers:
-            stack.enter_context(libvirt.daemon())
+            daemon = stack.enter_context(libvirt.daemon())
             stack.callback(libvirt.undefine_all)
         about = report.machine(accelerator=hand.accelerator, peers=options.peers)
         peer = prepare_peer(atoll, image, hand, home, kvm=kvm) if options.peers else None
         rows = [
             *(measure(case, tell) for case in starts(atoll, hand, repetitions, peers=options.peers)),
             *(measure(case, tell) for case in barriers.cases(repetitions)),
-            *networks_of(atoll, hand, home / "networks", repetitions),
+            *networks_of(
+                atoll,
+                hand,
+                home / "networks",
+                repetitions,
+                peer=networks.Peer(peer, daemon) if peer and daemon else None,
+            ),
             *execs(atoll, hand, repetitions, peers=options.peers),
             *history.figures(atoll, home / "history", repetitions, tell, peers=options.peers),
             *agent.figures(atoll.env, many),
@@ -132,9 +138,13 @@ def starts(atoll: Atoll, hand: raw.ByHand, repetitions: int, *, peers: bool) -> 
     ]
 
 
-def networks_of(atoll: Atoll, hand: raw.ByHand, folder: Path, repetitions: int) -> list[Figures]:
-    """Throughput and latency, with the guests up for as long."""
-    with networks.cases(atoll, hand, folder, repetitions) as cases:
+def networks_of(
+    atoll: Atoll, hand: raw.ByHand, folder: Path, repetitions: int, *, peer: networks.Peer | None
+) -> list[Figures]:
+    """Throughput and latency, with the guests up for as long. A libvirtd that isn't ours has the machine's own network,
+    which is left alone.
+    """
+    with networks.cases(atoll, hand, folder, repetitions, peer=peer) as cases:
         return [measure(case, tell) for case in cases]
 
 

@@ -1,5 +1,6 @@
 """The peer: libvirt by `virsh`, with a domain that has the same devices as Atoll's VM."""
 
+import base64
 import contextlib
 import json
 import os
@@ -29,10 +30,12 @@ def virsh(*words: str, text: str | None = None) -> str:
 
 
 @contextlib.contextmanager
-def daemon() -> Iterator[None]:
-    """A libvirtd that answers: the machine's own, else one of ours that ends with the measurements."""
+def daemon() -> Iterator[int | None]:
+    """A libvirtd that answers: the machine's own, else one of ours that ends with the measurements. Ours has a network
+    namespace of its own for its bridge and its dnsmasq; its pid.
+    """
     if _answers():
-        yield
+        yield None
         return
     if os.geteuid() != 0:
         raise RuntimeError("libvirtd isn't running and only root can start it: run the benchmark as root")
@@ -42,13 +45,14 @@ def daemon() -> Iterator[None]:
     try:
         for program in ("virtlogd", "libvirtd"):
             path = shutil.which(program) or f"/usr/sbin/{program}"
-            started.append(subprocess.Popen([path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0"', path]
+            started.append(subprocess.Popen(alone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         # It has no readiness event for who isn't systemd; the sockets appear within a second.
         for _ in range(100):
             if _answers():
                 break
             time.sleep(0.1)
-        yield
+        yield started[-1].pid
     finally:
         for process in reversed(started):
             process.terminate()
@@ -71,6 +75,8 @@ class Domain:
     cmdline: str
     disk: Path
     kvm: bool
+    network: str = ""
+    """A network of libvirt's; a user-mode network of QEMU's otherwise."""
 
     def define(self) -> None:
         """Make it known to libvirt. Raises `CalledProcessError`."""
@@ -78,6 +84,7 @@ class Domain:
 
     def xml(self, name: str) -> str:
         """As libvirt.org/formatdomain.html says."""
+        source = f"type='network'><source network='{self.network}'/>" if self.network else "type='user'>"
         return f"""<domain type='{"kvm" if self.kvm else "qemu"}'>
   <name>{escape(name)}</name><memory unit='MiB'>512</memory><vcpu>1</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type>
@@ -87,7 +94,7 @@ class Domain:
   <devices>
     <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file={quoteattr(str(self.disk))}/>
       <target dev='vda' bus='virtio'/><serial>root</serial></disk>
-    <interface type='user'><model type='virtio'/></interface>
+    <interface {source}<model type='virtio'/></interface>
     <serial type='pty'/><memballoon model='virtio' freePageReporting='on'/>
     <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
@@ -164,17 +171,21 @@ def exec_true() -> float:
 def touched(script: str) -> Iterator[None]:
     """The domain, up, with its memory filled by a shell script."""
     with booted():
-        _sh(script)
+        sh(NAME, script)
         yield
 
 
-def _sh(script: str) -> None:
-    """Run a shell script in the guest to its end."""
+def sh(name: str, script: str) -> str:
+    """Run a shell script in a guest to its end; what it says."""
     arguments = {"path": "/bin/sh", "arg": ["-c", script], "capture-output": True}
-    started = virsh("qemu-agent-command", NAME, json.dumps({"execute": "guest-exec", "arguments": arguments}))
-    ask = json.dumps({"execute": "guest-exec-status", "arguments": {"pid": json.loads(started)["return"]["pid"]}})
-    while not json.loads(virsh("qemu-agent-command", NAME, ask))["return"]["exited"]:
+    command = json.dumps({"execute": "guest-exec", "arguments": arguments})
+    pid = json.loads(virsh("qemu-agent-command", name, command))["return"]["pid"]
+    ask = json.dumps({"execute": "guest-exec-status", "arguments": {"pid": pid}})
+    while not (status := json.loads(virsh("qemu-agent-command", name, ask))["return"])["exited"]:
         time.sleep(0.05)
+    if status["exitcode"] != 0:
+        raise RuntimeError(json.dumps(status))
+    return base64.b64decode(status.get("out-data", "")).decode()
 
 
 def pause() -> float:
@@ -183,7 +194,7 @@ def pause() -> float:
 
     folder = Path("/var/lib/libvirt/qemu/atoll-bench")
     folder.mkdir(parents=True, exist_ok=True)
-    _sh(f"({HEARTBEAT}) > /dev/ttyS0 2>&1 & echo $! > /tmp/heartbeat")
+    sh(NAME, f"({HEARTBEAT}) > /dev/ttyS0 2>&1 & echo $! > /tmp/heartbeat")
     terminal = os.open(virsh("ttyconsole", NAME).strip(), os.O_RDONLY | os.O_NOCTTY)
     name = f"s{time.monotonic_ns()}"
     memory, overlay = folder / f"{name}.memory", folder / f"{name}.qcow2"
@@ -197,7 +208,7 @@ def pause() -> float:
         )  # fmt: skip
     finally:
         os.close(terminal)
-        _sh("kill $(cat /tmp/heartbeat)")
+        sh(NAME, "kill $(cat /tmp/heartbeat)")
         virsh("snapshot-delete", NAME, name, "--metadata")
         memory.unlink(missing_ok=True)
 

@@ -10,12 +10,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atoll.host import namespace
-from bench import raw
-from bench.harness import Case, Goal
+from bench import libvirt, libvirt_network, raw
+from bench.harness import Case, Goal, Measure
 from bench.ours import NAME, Atoll
 from bench.wire import Wire
 
@@ -34,6 +34,14 @@ SERVE = (
 )
 
 
+@dataclass(frozen=True)
+class Peer:
+    """libvirt: a domain to copy, and the daemon that has a network namespace of its own."""
+
+    domain: libvirt.Domain
+    daemon: int
+
+
 def own_address() -> str:
     """One of this computer's that isn't its loopback; nothing is sent to find it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -42,9 +50,9 @@ def own_address() -> str:
 
 
 @contextlib.contextmanager
-def sink(address: str) -> Iterator[int]:
+def sink(server: socket.socket) -> Iterator[int]:
     """A server that reads what comes to its end, and says so; its port."""
-    with socket.create_server((address, 0)) as server:
+    with server:
 
         def serve() -> None:
             with contextlib.suppress(OSError):
@@ -100,12 +108,13 @@ def bridged(atoll: Atoll, folder: Path) -> Iterator[Wire]:
 
 
 @contextlib.contextmanager
-def cases(atoll: Atoll, hand: raw.ByHand, folder: Path, repetitions: int) -> Iterator[list[Case]]:
-    """With the guests up that they need: NAME and PEER on a shared network and published ports, and one by hand."""
+def cases(atoll: Atoll, hand: raw.ByHand, folder: Path, repetitions: int, *, peer: Peer | None) -> Iterator[list[Case]]:
+    """With the guests up that they need: NAME and PEER on a shared network and published ports, those by hand, and
+    libvirt's.
+    """
     with contextlib.ExitStack() as stack:
         address = own_address()
-        port = stack.enter_context(sink(address))
-        send = f"dd if=/dev/zero bs=1M count={MEBIBYTES} 2>/dev/null | nc {address} {port}"
+        send = _sending(address, stack.enter_context(sink(socket.create_server((address, 0)))))
         atoll.run("net", "create", NETWORK)
         stack.callback(atoll.run, "net", "rm", "--force", NETWORK)
         atoll.run("create", "tiny", "--name", PEER, "--memory", "256MiB", "--network", NETWORK, "--network", "user")
@@ -130,33 +139,77 @@ def cases(atoll: Atoll, hand: raw.ByHand, folder: Path, repetitions: int) -> Ite
 
         second = stack.enter_context(bridged(atoll, folder))
         between, by_hand = (f"wget -q -O /dev/null http://{host}:{PORT}/file" for host in (NAME, "10.99.0.1"))
+        theirs = _of_libvirt(peer, folder, stack) if peer is not None else dict[str, dict[str, Measure]]()
         yield [
             Case(
                 f"{MEBIBYTES} MiB from guest to guest",
                 repetitions,
-                {"atoll": lambda: _in_guest(atoll, PEER, between), "raw": lambda: _by_agent(second, by_hand)},
+                {
+                    "atoll": lambda: _in_guest(atoll, PEER, between),
+                    "raw": lambda: _by_agent(second, by_hand),
+                    **theirs.get("fetch", {}),
+                },
                 (Goal("raw", 1.2),),
             ),
             Case(
                 "ping from guest to guest",
                 repetitions,
-                {"atoll": lambda: _pinged(atoll, PEER, NAME), "raw": lambda: _pinged_by_agent(second, "10.99.0.1")},
+                {
+                    "atoll": lambda: _pinged(atoll, PEER, NAME),
+                    "raw": lambda: _pinged_by_agent(second, "10.99.0.1"),
+                    **theirs.get("ping", {}),
+                },
                 (Goal("raw", 1.2),),
             ),
             Case(
                 "ping from guest to host, user-mode network",
                 repetitions,
-                {"atoll": lambda: _pinged(atoll, PEER, HOST), "raw": lambda: _pinged_by_agent(agent, HOST)},
+                {
+                    "atoll": lambda: _pinged(atoll, PEER, HOST),
+                    "raw": lambda: _pinged_by_agent(agent, HOST),
+                    **theirs.get("ping host", {}),
+                },
                 (Goal("raw", 1.5),),
             ),
             Case(
                 f"{MEBIBYTES} MiB from guest to host, user-mode network",
                 repetitions,
-                {"atoll": lambda: _in_guest(atoll, NAME, send), "raw": lambda: _by_agent(agent, send)},
+                {
+                    "atoll": lambda: _in_guest(atoll, NAME, send),
+                    "raw": lambda: _by_agent(agent, send),
+                    **theirs.get("send", {}),
+                },
                 (Goal("raw", 1.5),),
             ),
             Case(f"{MEBIBYTES} MiB through a published port", repetitions, {"atoll": fetched}),
         ]
+
+
+def _of_libvirt(peer: Peer, folder: Path, stack: contextlib.ExitStack) -> dict[str, dict[str, Measure]]:
+    """The same between two domains, and from one to the bridge that they are on."""
+    first = stack.enter_context(libvirt_network.pair(peer.domain, folder / "libvirt"))
+    gateway = libvirt_network.GATEWAY
+    server = libvirt_network.inside(peer.daemon, lambda: socket.create_server((gateway, 0)))
+    send = _sending(gateway, stack.enter_context(sink(server)))
+    one, other = libvirt_network.PAIR
+    libvirt.sh(one, SERVE)
+
+    def timed(script: str) -> Measure:
+        return lambda: _between(libvirt.sh(other, _timed(script)))
+
+    def pinged(host: str) -> Measure:
+        return lambda: _average(libvirt.sh(other, f"ping -q -c {PINGS} -i 0.1 {host}"))
+
+    return {
+        "fetch": {"virsh": timed(f"wget -q -O /dev/null http://{first}:{PORT}/file")},
+        "ping": {"virsh": pinged(first)},
+        "ping host": {"virsh": pinged(gateway)},
+        "send": {"virsh": timed(send)},
+    }
+
+
+def _sending(address: str, port: int) -> str:
+    return f"dd if=/dev/zero bs=1M count={MEBIBYTES} 2>/dev/null | nc {address} {port}"
 
 
 def _free_port() -> int:
@@ -164,15 +217,18 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _timed(script: str) -> str:
+    """A line of shell that tells when it began and ended, by the guest's clock."""
+    return f"read a _ </proc/uptime; {script} >/dev/null || exit 1; read b _ </proc/uptime; echo $a $b"
+
+
 def _in_guest(atoll: Atoll, name: str, script: str) -> float:
     """Seconds of a line of shell, by the guest's clock, without what `exec` takes."""
-    timed = f"read a _ </proc/uptime; {script} >/dev/null || exit 1; read b _ </proc/uptime; echo $a $b"
-    return _between(atoll.run("exec", name, "--", "sh", "-c", timed))
+    return _between(atoll.run("exec", name, "--", "sh", "-c", _timed(script)))
 
 
 def _by_agent(agent: Wire, script: str) -> float:
-    timed = f"read a _ </proc/uptime; {script} >/dev/null || exit 1; read b _ </proc/uptime; echo $a $b"
-    return _between(_said(agent, timed))
+    return _between(_said(agent, _timed(script)))
 
 
 def _said(agent: Wire, script: str) -> str:

@@ -113,6 +113,7 @@ NOTES = """## What is measured
 - **MiB and ping through networks**: by the guest's clock (published port: by the host's). Between two guests on a
   shared network (raw: taps on a bare bridge in a namespace, without guards), from a guest to an address of its host
   through slirp4netns (raw: QEMU's own slirp), and from the host through a port that is published on 127.0.0.1.
+  libvirt's guests are on a network as its `default` is, in a namespace of its own, and its host is that one's bridge.
 - **guest answers**: the same until the tiny guest's agent has answered. libvirt's domain has the same kernel, command
   line, memory and kinds of devices.
 - **exec, whole process**: `atoll exec VM -- true`; for libvirt the `virsh qemu-agent-command` calls that start `true`

@@ -16,6 +16,8 @@ from atoll.errors import AtollError
 
 TYPE_CHECKING = False  # type checkers know it by its name; importing `typing` takes longer than all the rest
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from atoll.layout import Layout
     from atoll.model.backup import Backup, Keep
     from atoll.model.finding import Finding
@@ -53,8 +55,11 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
-def connect(where: "str | Layout | None" = None) -> "Host":
-    """A computer that runs VMs, to be used in a `with` block: this one, or `https://…`, where an agent serves.
+def connect(
+    where: "str | Layout | None" = None, *, token: "str | None" = None, ca: "str | Path | None" = None
+) -> "Host":
+    """A computer that runs VMs, to be used in a `with` block: this one, or where an agent serves: the name of one that
+    was noted (`atoll host add`), or `https://…` with a token and the certificate of its authority (PEM or a file).
 
     On this one it goes through the agent if `atoll serve` runs, else it works in this process; a `Layout` says where
     this one's things are kept, and is always used in this process. Opening it in this process settles what killed
@@ -63,14 +68,16 @@ def connect(where: "str | Layout | None" = None) -> "Host":
     from atoll.platform.blocking import Host
     from atoll.platform.places import open_host
 
-    return Host(open_host(where))
+    return Host(open_host(where, token=token, ca=ca))
 
 
-def connect_async(where: "str | Layout | None" = None) -> "AsyncHost":
+def connect_async(
+    where: "str | Layout | None" = None, *, token: "str | None" = None, ca: "str | Path | None" = None
+) -> "AsyncHost":
     """As `connect`, for an `async with` block: the same names, awaited."""
     from atoll.platform.places import open_host
 
-    return open_host(where)
+    return open_host(where, token=token, ca=ca)
 
 
 def __getattr__(name: str) -> object:

@@ -87,6 +87,18 @@ class MissingTool(Unsupported):
     code = "missing-tool"
 
 
+class Unauthorized(AtollError):
+    """Who asks is not known: there is no token, or it is expired, revoked, or of another host."""
+
+    code = "unauthorized"
+
+
+class Forbidden(AtollError):
+    """Who asks is known, and may not do that."""
+
+    code = "forbidden"
+
+
 class TimedOut(AtollError):
     """Something didn't happen in the time given for it."""
 

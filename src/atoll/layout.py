@@ -167,8 +167,8 @@ class NetworkPaths:
 
     @property
     def uplink(self) -> Path:
-        """The socket that takes published ports, in a folder of the uplink's own."""
-        return self.run / "uplink" / "control"
+        """The socket that takes published ports, in a folder of the uplink's own. By its name the uplink is found."""
+        return self.run / "uplink" / self.run.name
 
     @property
     def log(self) -> Path:
@@ -306,6 +306,25 @@ class Layout:
         return self.run / "agent.sock"
 
     @property
+    def credentials(self) -> Path:
+        """The agent's certificate authority and certificate, and the tokens of who may use it from elsewhere."""
+        return self.data / "agent"
+
+    @property
+    def server_certificate(self) -> Path:
+        """The agent's certificate with its key."""
+        return self.credentials / "server.pem"
+
+    @property
+    def tokens(self) -> Path:
+        return self.credentials / "tokens.json"
+
+    @property
+    def audit(self) -> Path:
+        """Who asked the agent for what; older ones are `audit.jsonl.1` …."""
+        return self.data / "audit.jsonl"
+
+    @property
     def wake(self) -> Path:
         """A file that is touched after each recorded event, so that followers can wait with inotify."""
         return self.run / "wake"
@@ -326,6 +345,14 @@ def find(environment: dict[str, str] | None = None, user_id: int | None = None) 
         return Layout(data=Path("/var/lib/atoll"), cache=Path("/var/cache/atoll"), run=Path("/run/atoll"))
     data, cache = _xdg(env, "XDG_DATA_HOME", ".local/share") / "atoll", _xdg(env, "XDG_CACHE_HOME", ".cache") / "atoll"
     return Layout(data=data, cache=cache, run=data / "run")
+
+
+def find_remotes(environment: dict[str, str] | None = None) -> Path:
+    """Where this user's other computers are noted, with the tokens for them. Root's are a user's like any other's."""
+    env = dict(os.environ) if environment is None else environment
+    home = env.get("ATOLL_HOME")
+    folder = _expanded(home) / "config" if home else _xdg(env, "XDG_CONFIG_HOME", ".config") / "atoll"
+    return folder / "hosts.json"
 
 
 def _xdg(env: dict[str, str], variable: str, default: str) -> Path:

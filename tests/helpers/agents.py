@@ -4,11 +4,14 @@ import asyncio
 import contextlib
 import os
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from atoll.layout import Layout
 from tests.helpers.command import ATOLL
+from tests.helpers.ports import free_port
 
 READY = 30.0
 """Seconds for an agent to listen, on a busy machine."""
@@ -33,6 +36,22 @@ class Served:
 
 
 @contextlib.asynccontextmanager
+async def remote_agent(layout: Layout, *options: str) -> AsyncIterator[str]:
+    """An agent that others reach, at the URL that this gives."""
+    port = free_port()
+    async with agent(layout, "--listen", f"127.0.0.1:{port}", *options):
+        yield f"https://127.0.0.1:{port}"
+
+
+def trusting(layout: Layout, *, certificate: Path | None = None) -> ssl.SSLContext:
+    """What a client of this home's agent has: its authority, and perhaps a certificate of its own."""
+    context = ssl.create_default_context(cafile=str(layout.credentials / "ca.pem"))
+    if certificate is not None:
+        context.load_cert_chain(certificate)
+    return context
+
+
+@contextlib.asynccontextmanager
 async def agent(layout: Layout, *options: str) -> AsyncIterator[Served]:
     """`atoll serve` for a home, ready; ended at the end."""
     environment = os.environ | {"ATOLL_HOME": str(layout.data.parent)}
@@ -44,7 +63,7 @@ async def agent(layout: Layout, *options: str) -> AsyncIterator[Served]:
     try:
         said = b""
         async with asyncio.timeout(READY):
-            while b"listening on" not in said:
+            while f"listening on {layout.agent_socket}".encode() not in said:
                 line = await process.stderr.readline()
                 assert line, f"the agent ended: {said.decode()}"
                 said += line

@@ -22,7 +22,7 @@ from typing import Any
 libc = ctypes.CDLL(None, use_errno=True)
 Targets = dict[str, Any]
 REFUSED = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ESRCH}
-AF_UNIX, AF_INET, STREAM, DATAGRAM, RAW = 1, 2, 1, 2, 3
+AF_UNIX, AF_INET, AF_NETLINK, AF_PACKET, STREAM, DATAGRAM, RAW, NETFILTER = 1, 2, 16, 17, 1, 2, 3, 12
 
 
 class Blocked(Exception):
@@ -104,18 +104,20 @@ def read_memory(targets: Targets) -> None:
 def fork_bomb(targets: Targets) -> None:
     """As many sleeping children as there may be; open when there can be more than a VM has threads."""
     children = []
+    waiting, going = os.pipe()
     try:
         for _ in range(targets["threads"] + 50):
             child = os.fork()
             if child == 0:
-                while True:
-                    libc.pause()
+                os.close(going)
+                os.read(waiting, 1)
+                os._exit(0)
             children.append(child)
     except OSError as error:
         raise Blocked(f"{errno.errorcode[error.errno or 0]} after {len(children)}") from error
     finally:
+        os.close(going)
         for child in children:
-            os.kill(child, 9)
             os.waitpid(child, 0)
 
 
@@ -147,7 +149,11 @@ def fill_disk(targets: Targets) -> None:
 
 
 def raise_limit(targets: Targets) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except ValueError as error:
+        # What Python makes of EPERM.
+        raise Blocked("EPERM") from error
 
 
 def run_shell(targets: Targets) -> None:
@@ -214,8 +220,43 @@ ATTACKS: dict[str, Callable[[Targets], Any]] = {
     "twice its memory": take_memory,
     "fill the disk": fill_disk,
     "raise its own limits": raise_limit,
+    "change a network's guards": lambda t: os.close(socket(AF_NETLINK, RAW, NETFILTER)),
+    "packets of its own making": lambda t: os.close(socket(AF_PACKET, RAW)),
+    "enter the host's network": lambda t: call(308, os.open("/proc/1/ns/net", os.O_RDONLY), 0),
     "run a shell": run_shell,
 }  # fmt: skip
+
+
+def shut_in_further() -> None:
+    """What slirp4netns does by `--enable-sandbox` before it reads anything (its sandbox.c): a root of its own that is
+    read-only and has /etc and /run, and no privilege but ports below 1024.
+    """
+    private, bind, remount, nothing_special = 1 << 18, 1 << 12, 1 << 5 | 1, 0xE
+    _done(libc.unshare(0x00020000), "unshare")
+    _done(libc.mount(b"", b"/", b"", private, None), "mount")
+    _done(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", nothing_special, b"size=1k"), "tmpfs")
+    for folder in (b"/etc", b"/run"):
+        os.mkdir(b"/tmp" + folder)
+        _done(libc.mount(folder, b"/tmp" + folder, b"", bind, None), "bind")
+        _done(libc.mount(b"", b"/tmp" + folder, b"", bind | remount | nothing_special, None), "remount")
+    os.mkdir("/tmp/old")
+    _done(libc.syscall(155, b"/tmp", b"/tmp/old"), "pivot_root")
+    os.chdir("/")
+    _done(libc.umount2(b"/old", 2), "umount")
+    os.rmdir("/old")
+    _done(libc.mount(b"tmpfs", b"/", b"tmpfs", remount | nothing_special, b"size=0k"), "remount")
+    for number in range(64):
+        if number != 10:
+            libc.prctl(24, number, 0, 0, 0)
+    kept = 1 << 10
+    data = struct.pack("<6I", kept, kept, 0, 0, 0, 0)
+    _done(libc.syscall(126, struct.pack("<Ii", 0x20080522, 0), data), "capset")
+    # What it had as ambient ones has gone with that.
+
+
+def _done(result: int, what: str) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), what)
 
 
 def load_filters(programs: list[str]) -> None:
@@ -231,6 +272,8 @@ def load_filters(programs: list[str]) -> None:
 def main() -> None:
     with os.fdopen(3) as file:
         targets: Targets = json.load(file)
+    if targets["sandbox"]:
+        shut_in_further()
     load_filters(targets["filters"])
     try:
         ATTACKS[targets["attack"]](targets)

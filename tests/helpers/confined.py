@@ -9,19 +9,30 @@ import resource
 import select
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec.structs import replace
 
-from atoll.host import cgroups, helper_jail, kernel, sandbox
-from atoll.host.jail import Jail
+from atoll.host import cgroups, folder_server, helper_jail, kernel, sandbox
+from atoll.host.jail import Jail, ServedFolder
 from atoll.host.spawn import Program, spawn
+from atoll.model.names import new_id
 from tests.helpers import attacks
 
 PYTHON = os.path.realpath("/usr/bin/python3")
 LAYERS = ("no privileges", "namespaces and empty root", "own user", "system calls", "landlock", "limits")
 """What can be there alone. Without privileges is all of it; the others are each tried with that and nothing else."""
+
+
+class Helper(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the programs beside QEMU."""
+
+    kind: Literal["slirp4netns of a NIC", "slirp4netns of a network", "holder and dnsmasq", "relay", "SFTP server"]
+    folder: str
+    """In which it works, or which it reads or serves."""
+    holder: int
+    """Of a network that is up."""
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,8 +44,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[str, ...] = LAYERS
     namespaces: bool = True
     """False: on a host that refuses user namespaces to its users."""
-    helper: str = ""
-    """A folder: as a network's helper that works in it, not as a QEMU."""
+    helper: Helper | None = None
+    """As that one, not as a QEMU."""
     targets: dict[str, Any]
     filters: tuple[str, ...]
 
@@ -65,12 +76,27 @@ def run(trial: Trial) -> Outcome:
 
 
 def _jail(trial: Trial, wanted: sandbox.Wanted) -> tuple[Jail, tuple[str, ...]]:
-    if trial.helper:
-        shut_in = helper_jail.for_user_network(PYTHON, folder=Path(trial.helper), files=("/etc/resolv.conf",))
-        return shut_in.jail, (shut_in.weaker,) if shut_in.weaker else ()
+    if trial.helper is not None:
+        return _helper_jail(trial.helper)
     jail, isolation = sandbox.prepare(PYTHON, wanted)
     assert jail is not None
     return jail, tuple(barrier.name for barrier in isolation.missing)
+
+
+def _helper_jail(helper: Helper) -> tuple[Jail, tuple[str, ...]]:
+    folder = Path(helper.folder)
+    match helper.kind:
+        case "slirp4netns of a NIC":
+            shut_in = helper_jail.for_user_network(PYTHON, folder=folder, files=("/etc/resolv.conf",))
+            return shut_in.jail, (shut_in.weaker,) if shut_in.weaker else ()
+        case "slirp4netns of a network":
+            return helper_jail.for_uplink(PYTHON, holder=helper.holder, folder=folder), ()
+        case "holder and dnsmasq":
+            return helper_jail.for_names((PYTHON,), network_id=new_id(), files=folder, ipv6=True), ()
+        case "relay":
+            return helper_jail.for_relay(PYTHON, holder=helper.holder), ()
+        case "SFTP server":
+            return folder_server.jail_for(ServedFolder(path=str(folder), read_only=False), PYTHON), ()
 
 
 def _only(jail: Jail, layers: tuple[str, ...]) -> Jail:
@@ -95,14 +121,17 @@ def _attack(name: str, jail: Jail, trial: Trial, wanted: sandbox.Wanted) -> str:
     high = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 20) for number in (told, saying, disk)]
     for number, target in zip(high, (3, 4, 5), strict=True):
         os.dup2(number, target)
+    helper, most = trial.helper, sandbox.largest_file(wanted.guest_data)
     targets = trial.targets | {
-        "attack": name, "disk_descriptor": 5, "memory": trial.memory, "threads": wanted.threads,
-        "largest_file": helper_jail.LARGEST_LOG if trial.helper else sandbox.largest_file(wanted.guest_data),
+        "attack": name, "disk_descriptor": 5, "memory": trial.memory,
+        "threads": helper_jail.PROCESSES if helper else wanted.threads,
+        "largest_file": helper_jail.LARGEST_LOG if helper else most,
         "filters": trial.filters if "system calls" in trial.layers else (),
+        "sandbox": helper is not None and helper.kind == "slirp4netns of a network",
     }  # fmt: skip
     os.write(telling, msgspec.json.encode(targets))
     argv = (PYTHON, "-I", "-S", "-c", Path(attacks.__file__).read_text())
-    program = Program(argv=argv, descriptors=(3, 4, 5), output=2, folder=trial.helper or "/")
+    program = Program(argv=argv, descriptors=(3, 4, 5), output=2, folder=helper.folder if helper else "/")
     process = os.pidfd_open(spawn(program, jail).pid)
     for number in (3, 4, 5):
         os.dup2(2, number)

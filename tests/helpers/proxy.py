@@ -1,58 +1,66 @@
-"""A proxy between a client and an agent's socket, which cuts or alters what passes."""
+"""A TCP proxy between a client and an agent that can be cut, and mended."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
+
+from tests.helpers.ports import free_port
 
 
 class Proxy:
-    """Listens on loopback. After as many bytes as the first of `cuts` says, the connection that has them is cut; then
-    the next one counts.
-    """
+    """Passes connections on to a port of this computer."""
 
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self.port = 0
-        self.cuts: list[int] = []
-        self.alter: tuple[bytes, bytes] | None = None
-        """What is put in place of what, on the way to the agent."""
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.port = free_port()
+        self.accepted = 0
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"https://127.0.0.1:{self.port}"
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, here = await asyncio.open_unix_connection(str(self._target))
-        both = [
-            asyncio.create_task(self._pass(reader, here, inward=True)),
-            asyncio.create_task(self._pass(there, writer, inward=False)),
-        ]
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        for task in both:
-            task.cancel()
-        await asyncio.gather(*both, return_exceptions=True)
-        for each in (writer, here):
+    async def mend(self) -> None:
+        """Accept connections, from now on."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    async def cut(self) -> None:
+        """End all connections in the middle, and accept no more."""
+        if self._server is not None:
+            self._server.close()
+        for each in self._open:
             each.transport.abort()
+        await asyncio.sleep(0)
 
-    async def _pass(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, inward: bool) -> None:
-        while piece := await source.read(1 << 16):
-            if inward and self.alter:
-                piece = piece.replace(*self.alter)
-            if self.cuts:
-                self.cuts[0] -= len(piece)
-                if self.cuts[0] < 0:
-                    self.cuts.pop(0)
-                    return
-            target.write(piece)
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._open |= {writer, back}
+        with contextlib.suppress(OSError):
+            await asyncio.gather(_copy(reader, back), _copy(there, writer))
+        self._open -= {writer, back}
+
+
+async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    try:
+        while data := await source.read(1 << 16):
+            target.write(data)
             await target.drain()
+    finally:
+        target.close()
 
 
 @contextlib.asynccontextmanager
-async def proxy(target: Path) -> AsyncIterator[Proxy]:
-    """One that passes everything on, until it is told otherwise."""
-    made = Proxy(target)
-    server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
-    made.port = server.sockets[0].getsockname()[1]
-    async with server:
-        yield made
+async def proxy_to(url: str) -> AsyncIterator[Proxy]:
+    """A proxy before the agent at a URL."""
+    proxy = Proxy(int(url.rpartition(":")[2]))
+    await proxy.mend()
+    try:
+        yield proxy
+    finally:
+        await proxy.cut()

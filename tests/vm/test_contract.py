@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 from tests.helpers import image_files
-from tests.helpers.agents import agent
+from tests.helpers.agents import agent, remote_agent, trusting
 from tests.helpers.images import adopt_cached
 from tests.helpers.ports import free_port
 
@@ -23,17 +23,22 @@ from atoll.platform.local import LocalHost
 from atoll.platform.remote import RemoteHost
 from atoll.platform.wire import Place
 from atoll.store.sqlite import SqliteRecords
+from atoll.store.tokens import Tokens
 
 pytestmark = pytest.mark.vm
 
 
-@pytest.fixture(params=["process", "socket"])
+@pytest.fixture(params=["process", "socket", "https"])
 async def host(request: pytest.FixtureRequest, layout: Layout) -> AsyncIterator[AsyncHost]:
     """This computer, reached in each of the ways, with the image `tiny`."""
     await adopt_cached("tiny", layout)
     async with contextlib.AsyncExitStack() as stack:
         if request.param == "process":
             reached: AsyncHost = LocalHost(layout)
+        elif request.param == "https":
+            url = await stack.enter_async_context(remote_agent(layout))
+            _, secret = Tokens(layout.tokens).create("tests", scope="operate")
+            reached = RemoteHost(Place(url=url, token=secret, tls=trusting(layout)))
         else:
             await stack.enter_async_context(agent(layout))
             reached = RemoteHost(Place(url="http://atoll", socket=str(layout.agent_socket)))

@@ -1,5 +1,6 @@
 """The real helpers of real VMs, looked at from outside: who they are, what they may do, and what they see."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,12 +13,13 @@ from tests.helpers.person import USER, WITH_IDS, somebody, subordinate_of
 from tests.helpers.ports import free_port
 from tests.helpers.root import only_root
 
-from atoll.host import facts, namespace, slirp, user_network
+from atoll.host import cables, facts, namespace, slirp, user_network
 from atoll.host.helper_jail import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
 from atoll.host.sandbox import FIRST_USER
 from atoll.layout import Layout, NetworkPaths
-from atoll.model.requests import NetworkRequest, NicRequest
+from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest, ShareRequest
 from atoll.model.spec import PortSpec
+from atoll.operations import shares
 
 pytestmark = [
     pytest.mark.vm,
@@ -85,6 +87,60 @@ async def test_root_s_helper_of_a_user_mode_network(factory: Factory) -> None:
     assert ours == its, "what it takes is the VM's"
 
 
+def groups_of(owner: str) -> dict[str, dict[str, str]]:
+    """The control groups of a VM or a network: by controller, the settings in it."""
+    found = {}
+    for controller in ("cpu", "pids", "memory"):
+        for folder in Path("/sys/fs/cgroup", controller).glob(f"**/atoll/{owner}.*"):
+            found[controller] = {
+                each.name: each.read_text().strip()
+                for each in folder.iterdir()
+                if each.name in ("tasks", "cpu.shares", "cpu.cfs_quota_us", "pids.max", "memory.limit_in_bytes")
+            }
+    return found
+
+
+FIRST_VERSION = pytest.mark.skipif(
+    not os.access("/sys/fs/cgroup/cpu", os.W_OK), reason="control groups of the first version"
+)
+
+
+@FIRST_VERSION
+async def test_what_serves_a_network_is_bounded_together_and_leaves_no_group(factory: Factory) -> None:
+    network = await factory.host.networks.create(NetworkRequest(name="lab", mode="nat"))
+    vm = await factory.run("tiny", name="v", memory="96MiB", nics=(NicRequest(network="lab"),))
+    await vm.net_impair(ImpairRequest(network="lab", delay=0.001))
+    paths = factory.layout.network(network.id)
+    holder, names, uplink = helpers_of(paths)
+    ((relay, _),) = cables.relays_of(paths).values()
+    inside = {str(pid) for pid in (holder.pid, uplink.pid, relay, *(each.pid for each in names))}
+    groups = groups_of(network.id)
+    assert set(groups) == {"cpu", "pids", "memory"}
+    assert all(inside <= set(settings["tasks"].split()) for settings in groups.values())
+    assert groups["cpu"]["cpu.shares"] == "512" and groups["cpu"]["cpu.cfs_quota_us"] == "200000"
+    assert groups["pids"]["pids.max"] == "1024" and groups["memory"]["memory.limit_in_bytes"] == str(2 << 30)
+    assert groups_of(vm.id)["cpu"]["cpu.shares"] == "1024"
+    for pid in inside:
+        # The holder takes others along.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    await vm.rm(force=True)
+    await factory.host.networks.rm("lab")
+    assert groups_of(network.id) == {} and groups_of(vm.id) == {}
+
+
+@FIRST_VERSION
+async def test_the_server_of_a_folder_is_in_its_vm_s_groups(factory: Factory, tmp_path: Path) -> None:
+    share = ShareRequest(host_path=str(tmp_path), guest_path="/mnt/data")
+    vm = await factory.run("tiny", name="v", memory="96MiB", shares=(share,))
+    await vm.wait()
+    server = shares.server_of(factory.layout.vm(vm.id), vm.record.spec.shares[0])
+    assert server is not None
+    assert all(str(server.process.pid) in settings["tasks"].split() for settings in groups_of(vm.id).values())
+    await vm.stop(force=True)
+    assert groups_of(vm.id) == {} and facts.identity_of(server.process.pid) is None
+
+
 def helpers_of(network: NetworkPaths) -> tuple[Seen, list[Seen], Seen]:
     """The holder, the processes of dnsmasq that it keeps, and the uplink."""
     holder, uplink = namespace.holder_of(network), slirp.listener(network.uplink)
@@ -106,7 +162,7 @@ def check_network(paths: NetworkPaths, *, user: set[int] | range) -> None:
         assert helper.files(str(paths.run)) == {"names"}
     check_barriers(uplink, user=user)
     assert uplink.capabilities() == {CAP_NET_BIND_SERVICE}
-    assert uplink.files() == {"etc", "run"} and uplink.files("run") == {"control"}
+    assert uplink.files() == {"etc", "run"} and uplink.files("run") == {paths.uplink.name}
     assert uplink.files("etc") <= {"resolv.conf", "ld.so.cache"}
     assert uplink.writable() == set(), "its own sandbox makes the folder of its socket read-only as well"
     assert uplink.shares("net")

@@ -26,6 +26,6 @@ async def test_what_a_guest_frees_goes_back_to_the_computer(factory: Factory) ->
     await vm.sh("rm /dev/shm/big")
     async with asyncio.timeout(60):
         # Linux reports blocks of free pages every two seconds.
-        while resident(vm.record) > full - 120 * MIB:  # noqa: ASYNC110
+        while resident(vm.record) > full - 120 * MIB:
             await asyncio.sleep(0.5)
     assert await vm.sh("echo alive") == "alive"

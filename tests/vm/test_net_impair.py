@@ -96,6 +96,9 @@ async def test_delays_duplicates_and_their_end(factory: Factory) -> None:
     (relay,) = relays(factory, lab)
     os.kill(relay, signal.SIGKILL)
     assert (await web.exec(["ping", "-c", "1", "-W", "1", there])).exit_code != 0
+    (told,) = (await factory.host.networks.show("lab")).troubles
+    assert "the relay of db's cable has ended" in told
+    assert told in atoll("net", "show", "lab").out
     await web.net_impair(ImpairRequest(rate=10**9))
     await web.sh(f"ping -c 1 -W 5 {there}")
     assert relays(factory, lab) not in ([], [relay])

@@ -1,20 +1,19 @@
 """Networks that VMs share, with real guests: names, addresses, ways in and out, and nothing left behind."""
 
 import contextlib
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from tests.helpers.faults import kill
 from tests.helpers.machines import Factory, Machine
 from tests.helpers.ports import free_port
 
 from atoll.errors import AlreadyExists, InvalidInput, NotFound, Unsupported, WrongState
-from atoll.host import namespace
+from atoll.host import namespace, slirp
 from atoll.model.network import Network
 from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest
 from atoll.model.spec import NOWHERE, PortSpec
@@ -145,12 +144,18 @@ async def test_three_vms_find_each_other_by_name(hosts: Factory) -> None:
     # Whoever holds the namespace is killed: the next start brings the network up again.
     holder = namespace.holder_of(hosts.layout.network(lab.id))
     assert holder is not None
-    os.kill(holder.pid, signal.SIGKILL)
+    kill(holder.pid)
+    told = (await hosts.host.networks.show("lab")).troubles
+    assert told[0] == "web runs without it: `atoll restart web` brings it up"
+    await late.restart(force=True)
+    told = (await hosts.host.networks.show("lab")).troubles
+    assert told == tuple(f"{name} has no cable: `atoll restart {name}` gives it one" for name in ("web", "base"))
     for vm in (web, db):
         await vm.stop(force=True)
         await vm.start(wait=True)
         await address_of(vm)
     await reaches(web, "base")
+    assert (await hosts.host.networks.show("lab")).troubles == ()
 
 
 async def test_a_card_comes_and_goes_while_it_runs(hosts: Factory) -> None:
@@ -188,12 +193,15 @@ async def test_a_card_comes_and_goes_while_it_runs(hosts: Factory) -> None:
     assert web.record.pending is not None and web.record.pending.nics == ()
 
 
+SERVE = "mkdir -p /www && echo served > /www/index.html && httpd -p 80 -h /www"
+
+
 async def test_nat_leads_out_and_published_ports_lead_in(hosts: Factory) -> None:
-    await hosts.host.networks.create(NetworkRequest(name="wan", mode="nat"))
+    wan = await hosts.host.networks.create(NetworkRequest(name="wan", mode="nat"))
     first, second = free_port(), free_port()
     web = await hosts.run("tiny", name="web", ports=(PortSpec(host_port=first, guest_port=80),), **on("wan"))
     await address_of(web)
-    await web.sh("mkdir -p /www && echo served > /www/index.html && httpd -p 80 -h /www")
+    await web.sh(SERVE)
     outside = outer_address()
     with answering(outside) as port:
         assert await web.sh(f"nc -w 5 {outside} {port} </dev/null") == "hello"
@@ -216,6 +224,30 @@ async def test_nat_leads_out_and_published_ports_lead_in(hosts: Factory) -> None
     await web.stop(force=True)
     with pytest.raises(OSError):
         fetched(first)
+
+    # One that ends by itself: whoever looks first takes its ports back.
+    await web.start(wait=True)
+    await address_of(web)
+    await web.sh(SERVE)
+    assert b"served" in fetched(first)
+    await web.sh("(sleep 0.2; poweroff -f) >/dev/null 2>&1 &")
+    await web.wait("stopped", timeout=60)
+    with pytest.raises(OSError):
+        fetched(first)
+
+    # The uplink is killed: it is told, and the next one has the ports of all that run.
+    await web.start(wait=True)
+    await address_of(web)
+    await web.sh(SERVE)
+    listening = slirp.listener(hosts.layout.network(wan.id).uplink)
+    assert listening is not None
+    kill(listening)
+    (told,) = (await hosts.host.networks.show("wan")).troubles
+    assert "its way out has ended" in told
+    await hosts.host.networks.exec("wan", ["true"])
+    assert b"served" in fetched(first)
+    assert (await hosts.host.networks.show("wan")).troubles == ()
+
     await hosts.host.networks.create("lab")
     inside = await hosts.create("tiny", name="inside", **on("lab"))
     with pytest.raises(Unsupported, match="no way in"):

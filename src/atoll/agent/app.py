@@ -2,10 +2,10 @@
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
-from litestar import Litestar, Request, get, post
+from litestar import Litestar, Request, Router, get, post
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
@@ -15,9 +15,11 @@ from litestar.response import ServerSentEvent, ServerSentEventMessage
 
 from atoll import __version__
 from atoll.agent import problems
+from atoll.agent.access import guard, is_admin
 from atoll.agent.bytes import byte_handlers
 from atoll.agent.connections import connection_handlers
 from atoll.agent.handlers import Agent, handler_of, principal_of
+from atoll.agent.joining import joining_handlers
 from atoll.agent.streams import stream_handlers
 from atoll.agent.transfers import transfer_handlers
 from atoll.errors import AtollError
@@ -41,11 +43,13 @@ def make_app(agent: Agent) -> Litestar:
             *transfer_handlers(agent),
             *stream_handlers(agent),
             *connection_handlers(agent),
+            *joining_handlers(agent),
         ],
+        guards=[guard],
         openapi_config=OpenAPIConfig(
             title="Atoll",
             version=__version__,
-            path="/v1/schema",
+            openapi_router=Router(path="/v1/schema", route_handlers=[], opt={"scope": "read"}),
             description="Virtual machines of this computer.",
             render_plugins=[JsonRenderPlugin()],
         ),
@@ -59,33 +63,44 @@ def make_app(agent: Agent) -> Litestar:
     )
 
 
-def _task_handlers(agent: Agent) -> list[HTTPRouteHandler]:
-    @get("/v1/tasks", tags=["tasks"], operation_id="tasks_ls")
-    async def ls() -> list[Task]:
-        """Requests that changed something, the newest first."""
-        return agent.tasks.ls()
+def _viewer(request: Request) -> dict[str, Any]:  # type: ignore[type-arg]
+    return {"principal": principal_of(request), "admin": is_admin(request.scope["state"])}
 
-    @get("/v1/tasks/{task:str}", tags=["tasks"], operation_id="tasks_show")
+
+def _task_handlers(agent: Agent) -> list[HTTPRouteHandler]:
+    @get("/v1/tasks", tags=["tasks"], operation_id="tasks_ls", opt={"scope": "read"})
+    async def ls(request: Request) -> list[Task]:  # type: ignore[type-arg]
+        """Requests that changed something, the newest first: one's own, and everybody's for an admin."""
+        return agent.tasks.ls(None if is_admin(request.scope["state"]) else principal_of(request))
+
+    @get("/v1/tasks/{task:str}", tags=["tasks"], operation_id="tasks_show", opt={"scope": "read"})
     async def show(
         request: Request,  # type: ignore[type-arg]
         task: str,
         wait: Annotated[float, Parameter(ge=0, le=300, description="seconds to wait for its end")] = 0.0,
     ) -> Task:
         """One, by its id or its idempotency key."""
-        return await agent.tasks.ended(task, principal=principal_of(request), seconds=wait)
+        return await agent.tasks.ended(task, seconds=wait, **_viewer(request))
 
-    @post("/v1/tasks/{task:str}/cancel", status_code=202, tags=["tasks"], operation_id="tasks_cancel")
+    # What it is that is cancelled was allowed, or it wouldn't be one's own.
+    @post(
+        "/v1/tasks/{task:str}/cancel",
+        status_code=202,
+        tags=["tasks"],
+        operation_id="tasks_cancel",
+        opt={"scope": "read"},
+    )
     async def cancel(request: Request, task: str) -> Task:  # type: ignore[type-arg]
         """Ask it to undo what it did."""
-        return agent.tasks.cancel(task, principal=principal_of(request))
+        return agent.tasks.cancel(task, **_viewer(request))
 
-    @get("/v1/tasks/{task:str}/events", tags=["tasks"], operation_id="tasks_follow")
+    @get("/v1/tasks/{task:str}/events", tags=["tasks"], operation_id="tasks_follow", opt={"scope": "read"})
     async def follow(request: Request, task: str) -> ServerSentEvent:  # type: ignore[type-arg]
         """Server-sent events: the task at each change, until it has ended."""
-        agent.tasks.show(task, principal=principal_of(request))
+        agent.tasks.show(task, **_viewer(request))
 
         async def stream() -> AsyncIterator[ServerSentEventMessage]:
-            async with contextlib.aclosing(agent.tasks.follow(task, principal=principal_of(request))) as states:
+            async with contextlib.aclosing(agent.tasks.follow(task, **_viewer(request))) as states:
                 async for state in states:
                     yield ServerSentEventMessage(data=msgspec.json.encode(state).decode(), event="task")
 
@@ -95,16 +110,19 @@ def _task_handlers(agent: Agent) -> list[HTTPRouteHandler]:
 
 
 def _event_handlers(agent: Agent) -> list[HTTPRouteHandler]:
-    @get("/v1/events", tags=["events"], operation_id="events_follow")
+    @get("/v1/events", tags=["events"], operation_id="events_follow", opt={"scope": "read"})
     async def follow(
         request: Request,  # type: ignore[type-arg]
         after: Annotated[int | None, Parameter(ge=0, description="the last event that is known already")] = None,
     ) -> ServerSentEvent:
         """Server-sent events: what happens. `Last-Event-ID` goes on where a connection was lost."""
         last = request.headers.get("last-event-id", "")
-        known = int(last) if last.isdecimal() else after
+        wanted = int(last) if last.isdecimal() else after
+        known = agent.host.last_event() if wanted is None else wanted
 
         async def stream() -> AsyncIterator[ServerSentEventMessage]:
+            # Who loses the connection before the first event knows by this where to go on.
+            yield ServerSentEventMessage(data=None, id=known, comment="from here on")
             async with contextlib.aclosing(agent.host.events(follow=True, after=known)) as events:  # type: ignore[type-var]
                 async for event in events:
                     yield ServerSentEventMessage(
@@ -113,7 +131,7 @@ def _event_handlers(agent: Agent) -> list[HTTPRouteHandler]:
 
         return ServerSentEvent(stream())
 
-    @get("/v1/events/past", tags=["events"], operation_id="events_ls")
+    @get("/v1/events/past", tags=["events"], operation_id="events_ls", opt={"scope": "read"})
     async def ls(
         after: Annotated[int, Parameter(ge=0)] = 0, limit: Annotated[int, Parameter(ge=1, le=1000)] = 1000
     ) -> list[Event]:

@@ -12,6 +12,7 @@ from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 
+from atoll.agent.access import Access, require
 from atoll.agent.tasks import Tasks, Wanted, Work
 from atoll.errors import InvalidInput
 from atoll.model.task import Problem, Task
@@ -31,8 +32,9 @@ _TAGS = {"vms": "virtual machines"}
 class Agent:
     """What the handlers share."""
 
-    def __init__(self, host: LocalHost) -> None:
+    def __init__(self, host: LocalHost, access: Access) -> None:
         self.host = host
+        self.access = access
         self.tasks = Tasks()
         self.turns: dict[str, asyncio.Lock] = {}
         """One at a time for changes that insist on what a thing is (`If-Match`)."""
@@ -109,6 +111,7 @@ def _reading(call: Call, agent: Agent) -> Any:
 
 def _changing(call: Call, agent: Agent) -> Any:
     async def run(request: Any, vm: str | None = None, data: Any = None, **values: Any) -> Any:
+        require(request.scope["state"], routes.scope_of(call, data))
         subject = vm or next((str(each) for each in values.values()), "") or getattr(data, "name", None) or ""
 
         async def work(report: Report) -> Any:
@@ -125,6 +128,7 @@ async def as_task(agent: Agent, request: Any, *, call: str, subject: str, asked:
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= 200:
         raise InvalidInput("the idempotency key can't be used", "it has no or more than 200 characters")
+    request.scope["state"]["subject"] = subject
     wanted = Wanted(
         call=call,
         subject=subject,
@@ -144,7 +148,7 @@ async def as_task(agent: Agent, request: Any, *, call: str, subject: str, asked:
 
 def principal_of(request: Any) -> str:
     """Who asks, as the log of what was done names him."""
-    return str(request.scope.get("state", {}).get("principal", "local"))
+    return str(request.scope["state"]["principal"])
 
 
 def _preferred_wait(prefer: str) -> float:

@@ -11,6 +11,8 @@ PROBLEM_TYPE = "application/problem+json"
 
 _STATUS = {
     errors.InvalidInput: 400,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.AlreadyExists: 409,
     errors.WrongState: 409,
@@ -55,7 +57,8 @@ def _unforeseen(error: BaseException) -> AtollError:
 
 
 def respond(problem: Problem) -> Response[Problem]:
-    return Response(problem, status_code=problem.status, media_type=PROBLEM_TYPE)
+    headers = {"WWW-Authenticate": 'Bearer realm="atoll"'} if problem.status == 401 else {}
+    return Response(problem, status_code=problem.status, media_type=PROBLEM_TYPE, headers=headers)
 
 
 def on_atoll_error(request: Request, error: AtollError) -> Response[Problem]:  # type: ignore[type-arg]

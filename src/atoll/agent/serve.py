@@ -5,13 +5,16 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import msgspec
 import uvicorn
 
+from atoll.agent import tls
+from atoll.agent.access import Access, Door
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
 from atoll.agent.transfers import swept
@@ -19,7 +22,9 @@ from atoll.errors import Busy
 from atoll.host import files, sockets
 from atoll.host.lease import lease
 from atoll.layout import Layout
+from atoll.model.names import new_id
 from atoll.platform.local import LocalHost
+from atoll.platform.wire import AGENT_HEADER
 
 CLOSE_TIMEOUT = 60.0
 """Seconds that requests at work have to be undone in when the agent ends."""
@@ -27,14 +32,18 @@ GROUP = "atoll"
 """Whose members may use root's agent, as they may root's docker."""
 
 
+_INSTANCE = new_id()
+"""Tells a client whether the agent that it speaks to knows what it asked before."""
+
+
 class Listener(msgspec.Struct, frozen=True, kw_only=True):
     """One way in."""
 
     socket: socket.socket
-    via: str
+    via: Literal["local", "remote"]
     """`local` for the socket, `remote` for the network."""
-    certificate: str | None = None
-    key: str | None = None
+    shown: str
+    tls: ssl.SSLContext | None = None
 
 
 @contextlib.contextmanager
@@ -44,7 +53,7 @@ def listen_locally(layout: Layout) -> Iterator[Listener]:
     server = sockets.listen(layout.agent_socket)
     try:
         _open_to_group(layout)
-        yield Listener(socket=server, via="local")
+        yield Listener(socket=server, via="local", shown=str(layout.agent_socket))
     finally:
         layout.agent_socket.unlink(missing_ok=True)
         server.close()
@@ -73,23 +82,51 @@ async def only_one(layout: Layout) -> AsyncIterator[None]:
         ) from error
 
 
-async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until SIGTERM or SIGINT; what is at work then is undone."""
+@contextlib.asynccontextmanager
+async def listen_remotely(
+    layout: Layout, addresses: Sequence[str], names: Sequence[str]
+) -> AsyncIterator[list[Listener]]:
+    """Sockets at these addresses, with TLS."""
+    if not addresses:
+        yield []
+        return
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(tls.listening(each)) for each in addresses]
+        identity = tls.Identity(layout, names)
+        await identity.refresh()
+        renewing = asyncio.create_task(identity.keep_good())
+        stack.callback(renewing.cancel)
+        yield [Listener(socket=each, via="remote", shown=tls.shown(each), tls=identity.context) for each in servers]
+
+
+async def serve(
+    layout: Layout,
+    *,
+    addresses: Sequence[str] = (),
+    names: Sequence[str] = (),
+    ready: Callable[[list[str]], None] = lambda shown: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; what is at work then is undone. `names` are the computer's for its certificate."""
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
         host = await stack.enter_async_context(LocalHost(layout))
-        agent = Agent(host)
-        listeners = [stack.enter_context(listen_locally(layout))]
+        agent = Agent(host, Access(layout))
+        listeners = [
+            stack.enter_context(listen_locally(layout)),
+            *await stack.enter_async_context(listen_remotely(layout, addresses, names)),
+        ]
         for told in host.notices():
             sys.stderr.write(f"{told}\n")
         ending = _ending_signals(stack)
-        servers = [_server(make_app(agent), listener) for listener in listeners]
+        app = make_app(agent)
+        watching = asyncio.create_task(agent.access.watch())
+        servers = [_server(Door(app, agent.access, each.via), each) for each in listeners]
         serving = [
             asyncio.create_task(server.serve(sockets=[each.socket]))
             for server, each in zip(servers, listeners, strict=True)
         ]
         await stack.enter_async_context(swept(layout))
-        ready()
+        ready([each.shown for each in listeners])
         ended = asyncio.create_task(ending.wait())
         await asyncio.wait([ended, *serving], return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
@@ -97,6 +134,8 @@ async def serve(layout: Layout, *, ready: Callable[[], None] = lambda: None) -> 
         for server in servers:
             server.should_exit = True
         await asyncio.gather(*serving)
+        watching.cancel()
+        await agent.access.note_uses()
 
 
 def _ending_signals(stack: contextlib.AsyncExitStack) -> asyncio.Event:
@@ -116,18 +155,18 @@ class _Server(uvicorn.Server):
 
 
 def _server(app: Any, listener: Listener) -> _Server:
-    async def told_where(scope: Any, receive: Any, send: Any) -> None:
-        scope.setdefault("state", {})["via"] = listener.via
-        await app(scope, receive, send)
-
     config = uvicorn.Config(
-        told_where,
+        app,
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
+        # Whoever says that he passes on another one's request could be anybody.
+        proxy_headers=False,
+        http=tls.PeerProtocol,
+        headers=[(AGENT_HEADER.decode(), _INSTANCE)],
         timeout_graceful_shutdown=5,
-        ssl_certfile=listener.certificate,
-        ssl_keyfile=listener.key,
     )
+    config.load()
+    config.ssl = listener.tls
     return _Server(config)

@@ -25,11 +25,11 @@ OPENING_TIMEOUT = 10.0
 def stream_handlers(agent: Agent) -> list[WebsocketRouteHandler]:
     """One for each kind of stream."""
 
-    @websocket("/v1/vms/{vm:str}/exec", opt={"scope": "operate"})
+    @websocket("/v1/vms/{vm:str}/exec", name="vm.exec.stream", opt={"scope": "operate"})
     async def execute(socket: Socket, vm: str) -> None:
         await served(socket, lambda: _execute(agent, socket, vm))
 
-    @websocket("/v1/vms/{vm:str}/shell", opt={"scope": "operate"})
+    @websocket("/v1/vms/{vm:str}/shell", name="vm.shell.stream", opt={"scope": "operate"})
     async def shell(socket: Socket, vm: str) -> None:
         async def open_it() -> Terminal:
             asked = await _opening(socket, ShellOpening)
@@ -37,7 +37,7 @@ def stream_handlers(agent: Agent) -> list[WebsocketRouteHandler]:
 
         await served(socket, lambda: _join(socket, open_it))
 
-    @websocket("/v1/vms/{vm:str}/console", opt={"scope": "operate"})
+    @websocket("/v1/vms/{vm:str}/console", name="vm.console.stream", opt={"scope": "operate"})
     async def console(socket: Socket, vm: str) -> None:
         async def open_it() -> Terminal:
             return await (await agent.host.get(vm)).console()

@@ -100,9 +100,10 @@ class Tasks:
             if principal is None or each.wanted.principal == principal
         ]
 
-    def _entry(self, reference: str, principal: str) -> _Entry:
+    def _entry(self, reference: str, principal: str, admin: bool) -> _Entry:
+        """Others than admins see their own only."""
         found = self._entries.get(self._by_key.get((principal, reference), reference))
-        if found is None:
+        if found is None or (found.wanted.principal != principal and not admin):
             raise NotFound(
                 f"there is no task {reference!r}",
                 f"only the last {KEPT} that ended are kept",
@@ -110,22 +111,22 @@ class Tasks:
             )
         return found
 
-    def show(self, reference: str, *, principal: str) -> Task:
+    def show(self, reference: str, *, principal: str, admin: bool = False) -> Task:
         """By its id, or by the idempotency key that the same principal gave it."""
-        return self._entry(reference, principal).task
+        return self._entry(reference, principal, admin).task
 
-    async def ended(self, reference: str, *, principal: str, seconds: float) -> Task:
+    async def ended(self, reference: str, *, principal: str, seconds: float, admin: bool = False) -> Task:
         """The task when it has ended, or as it is after `seconds`."""
-        entry = self._entry(reference, principal)
+        entry = self._entry(reference, principal, admin)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while entry.task.state == "running":
                     await entry.changed.wait()
         return entry.task
 
-    async def follow(self, reference: str, *, principal: str) -> AsyncGenerator[Task, None]:
+    async def follow(self, reference: str, *, principal: str, admin: bool = False) -> AsyncGenerator[Task, None]:
         """As it is now, and at each change until it has ended."""
-        entry = self._entry(reference, principal)
+        entry = self._entry(reference, principal, admin)
         while True:
             seen, changed = entry.task, entry.changed
             yield seen
@@ -134,9 +135,9 @@ class Tasks:
             if seen is entry.task:
                 await changed.wait()
 
-    def cancel(self, reference: str, *, principal: str) -> Task:
+    def cancel(self, reference: str, *, principal: str, admin: bool = False) -> Task:
         """Ask it to undo what it did; it has ended when its state says so. Raises `WrongState` after its end."""
-        entry = self._entry(reference, principal)
+        entry = self._entry(reference, principal, admin)
         if entry.task.state != "running" or entry.work is None:
             raise WrongState(f"the task {entry.task.id} has ended", f"it is {entry.task.state}")
         if not entry.task.cancel_requested:

@@ -52,7 +52,8 @@ def exec_command(
     """
     from atoll.platform.local import knock
 
-    knock(vm)
+    if settings().host is None:
+        knock(vm)
     from atoll.cli.session import perform
 
     settings().own_failure = OWN_FAILURE

@@ -15,6 +15,7 @@ import click
 
 from atoll import __version__
 from atoll.cli.failures import Format, ReaderGone, Settings, handled
+from atoll.errors import InvalidInput
 
 # A section of the help, its commands, and the module of each. `port` is `port_command` there.
 SECTIONS: dict[str, dict[str, str]] = {
@@ -66,6 +67,9 @@ SECTIONS: dict[str, dict[str, str]] = {
     "Images": {"image": "image"},
     "This computer": {
         "serve": "serve",
+        "token": "token",
+        "audit": "audit",
+        "host": "host",
         "events": "journal",
         "operation": "journal",
         "doctor": "system",
@@ -172,6 +176,10 @@ Examples:
 """
 
 
+ABOUT_THIS_COMPUTER = ("serve", "token", "host", "doctor", "completion", "version")
+"""They ignore ATOLL_HOST, and refuse -H."""
+
+
 @click.group(
     cls=Root,
     name="atoll",
@@ -180,10 +188,10 @@ Examples:
 )
 @click.version_option(__version__, "--version", message="atoll %(version)s")
 @click.option(
-    "--host", "-H", metavar="HOST", envvar="ATOLL_HOST", help="Another computer, where `atoll serve` runs: https://…."
+    "--host", "-H", metavar="HOST", envvar="ATOLL_HOST", help="Another computer: one of `atoll host ls`, or https://…."
 )
-@click.pass_obj
-def cli(found: Settings, host: str | None) -> None:
+@click.pass_context
+def cli(ctx: click.Context, host: str | None) -> None:
     """Run many operating systems side by side.
 
     A VM is named by its name, its id, or the beginning of either. `atoll COMMAND --help` has examples.
@@ -192,7 +200,12 @@ def cli(found: Settings, host: str | None) -> None:
     8 timed out, 9 stuck, 130 cancelled. `exec` and `run -- CMD` end with the command's own code, with 125 if Atoll
     itself failed.
     """
-    found.host = host
+    ctx.ensure_object(Settings).host = host or None
+    given = ctx.get_parameter_source("host") is click.core.ParameterSource.COMMANDLINE
+    if given and ctx.invoked_subcommand in ABOUT_THIS_COMPUTER:
+        raise InvalidInput(
+            f"`atoll {ctx.invoked_subcommand}` is about this computer", next_step="Leave -H out, or run it over there."
+        )
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A file name or a serial line may have bytes that the terminal's encoding lacks.

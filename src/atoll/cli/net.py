@@ -142,6 +142,7 @@ def show(network: str, format: Format) -> None:
         ("Own address", found.network.gateway),
         ("Domain", found.network.domain),
         ("VMs", "\n".join(cards)),
+        ("Trouble", "\n".join(found.troubles)),
     ]
     print_description([pair for pair in pairs if pair[1]])
 

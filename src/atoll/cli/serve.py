@@ -8,18 +8,33 @@ from atoll.cli.failures import note
 
 
 @click.command("serve")
-def serve_command() -> None:
+@click.option(
+    "--listen",
+    "-l",
+    multiple=True,
+    metavar="ADDRESS:PORT",
+    help="Serve other computers there, over TLS; `:8443` is on all addresses. May be given several times.",
+)
+@click.option(
+    "--name", "-n", multiple=True, metavar="NAME", help="A name or address that others reach this computer by."
+)
+def serve_command(listen: tuple[str, ...], name: tuple[str, ...]) -> None:
     """Watch over this computer's VMs, and serve its HTTP API, until it is ended.
 
-    Local commands go through it while it runs. A VM that runs doesn't depend on it.
+    Local commands go through it while it runs. A VM that runs doesn't depend on it. Other computers reach it with
+    --listen only, and need a token (`atoll token`).
 
     \b
     Examples:
       atoll serve
+      atoll serve --listen :8443 --name vms.example.org
       curl --unix-socket ~/.local/share/atoll/run/agent.sock http://atoll/v1/vms
     """
     from atoll import layout
     from atoll.agent.serve import serve
 
-    found = layout.find()
-    asyncio.run(serve(found, ready=lambda: note(f"listening on {found.agent_socket}")))
+    def ready(shown: list[str]) -> None:
+        for each in reversed(shown):
+            note(f"listening on {each}")
+
+    asyncio.run(serve(layout.find(), addresses=listen, names=name, ready=ready))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from atoll.cli.failures import Format, printable
+import atoll
+from atoll.cli.failures import Format, printable, settings
 from atoll.cli.output import emit, format_option
 from atoll.model.units import format_size
 
@@ -88,7 +89,8 @@ async def _look(*, repair: bool, quick: bool, quiet: bool) -> "list[Finding]":
     from atoll.errors import RecordsFailed
     from atoll.platform.local import connect_local
 
-    host = connect_local()
+    elsewhere = settings().host
+    host: AsyncHost = connect_local() if elsewhere is None else atoll.connect_async(elsewhere)
     with interruptible(""):
         try:
             # Opening it settles what killed commands have left. Damaged records are something to tell, not to fail by.

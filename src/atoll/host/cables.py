@@ -8,17 +8,17 @@ import contextlib
 import json
 import os
 import secrets
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from atoll.host import facts, link_text, namespace, relay
+from atoll.host import cgroups, facts, helper_jail, link_text, namespace, relay
 from atoll.host.link_text import BRIDGE, Link
+from atoll.host.sandbox import own_ids
+from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
 from atoll.model.network import Impairment
 
@@ -38,11 +38,9 @@ async def mended(
         return links
     cards = [link for link in links if link.name.startswith(link_text.TAP) and link.mac]
     settings = {card.name: _settings(card, wanted[card.mac]) for card in cards if card.mac in wanted}
-    kept = {tap for tap, (_, told) in running.items() if settings.get(tap) == told}
-    for tap, (pid, _) in running.items():
-        if tap not in kept:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    whole = {card.name for card in cards if _has_cable(card, links)}
+    kept = {tap for tap, (_, told) in running.items() if settings.get(tap) == told and tap in whole}
+    namespace.end_all([pid for tap, (pid, _) in running.items() if tap not in kept])
     plain = [card for card in cards if card.name not in settings and card.master != BRIDGE]
     used = {link_text.private_bridge(tap) for tap in settings}
     unused = [link.name for link in links if link.name.startswith(link_text.PRIVATE) and link.name not in used]
@@ -57,6 +55,13 @@ def _names(links: Sequence[Link]) -> set[str]:
     return {link.name for link in links}
 
 
+def _has_cable(card: Link, links: Sequence[Link]) -> bool:
+    """Whether its relay's outer tap is where a killed command may not have put it: that is done last."""
+    return any(
+        each.name.startswith(link_text.OUTER) and each.master == BRIDGE and each.mac == card.mac for each in links
+    )
+
+
 def _private(card: Link) -> str:
     return link_text.private_bridge(card.name)
 
@@ -69,7 +74,8 @@ def _settings(card: Link, impairment: Impairment) -> str:
 def relays_of(paths: NetworkPaths) -> Mapping[str, tuple[int, str]]:
     """By the tap of its card: a relay's pid and its settings."""
     found = {}
-    for pid in facts.scan_for(paths.run.name, after=MARK, also_user=relay.NOBODY):
+    ids = own_ids(paths.run.name)
+    for pid in facts.scan_for(paths.run.name, after=MARK, also_user=ids.user if ids else None):
         with contextlib.suppress(OSError, IndexError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
             at = words.index(MARK)
@@ -83,7 +89,7 @@ async def _start(holder: int, paths: NetworkPaths, card: Link, settings: str, *,
         holder, lambda: [namespace.make_tap(inner), namespace.make_tap(outer), _links_that_go()], "a relay"
     )
     try:
-        _spawn(paths, card.name, settings, opened)
+        _spawn(holder, paths, card.name, settings, opened)
     finally:
         for each in opened:
             os.close(each)
@@ -97,29 +103,26 @@ def _links_that_go() -> int:
     return told.detach()
 
 
-def _spawn(paths: NetworkPaths, tap: str, settings: str, opened: Sequence[int]) -> None:
-    alive = os.open(paths.alive, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        with paths.log.open("ab") as log:
-            subprocess.Popen(
-                [
-                    sys.executable, "-I", "-S", relay.__file__, MARK, paths.run.name, tap, settings,
-                    *(str(each) for each in (*opened, alive)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(*opened, alive),
-                cwd=paths.run,
-                env={},
-                start_new_session=True,
-            )  # fmt: skip
-    finally:
-        os.close(alive)
+def _spawn(holder: int, paths: NetworkPaths, tap: str, settings: str, opened: Sequence[int]) -> None:
+    python = os.path.realpath(sys.executable)
+    with contextlib.ExitStack() as stack:
+        alive = os.open(paths.alive, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        stack.callback(os.close, alive)
+        # It reads its own text from there: our files may be nobody else's to read.
+        text = stack.enter_context(Path(relay.__file__).open("rb"))
+        log = stack.enter_context(paths.log.open("ab"))
+        words = (MARK, paths.run.name, tap, settings, *(str(each) for each in (*opened, alive)))
+        program = Program(
+            argv=(python, "-I", "-S", "-", *words),
+            descriptors=(*opened, alive),
+            input=text.fileno(),
+            output=log.fileno(),
+            folder=str(paths.run),
+        )
+        groups = cgroups.entrances(paths.run.name)
+        spawn(program, helper_jail.for_relay(python, holder=holder, groups=groups))
 
 
 def end(paths: NetworkPaths) -> None:
     """They would end by themselves, a moment after the network."""
-    for pid, _ in relays_of(paths).values():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    namespace.end_all([pid for pid, _ in relays_of(paths).values()])

@@ -105,5 +105,5 @@ def _control_groups() -> Check:
     if not lacking:
         return Check(name="Control groups", ok="ok", found=found)
     meaning = f"a VM's {', '.join(sorted(lacking))} can't be limited from outside"
-    remedy = "log in to a systemd session, or run as root" if groups.version else "mount them: mount -t cgroup2"
+    remedy = "systemd-run --user --scope atoll start VM, or run as root" if groups.version else "mount -t cgroup2"
     return Check(name="Control groups", ok="warning", found=found, meaning=meaning, remedy=remedy)

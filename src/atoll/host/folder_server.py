@@ -10,8 +10,11 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from atoll.errors import EngineFailed, InvalidInput, Unsupported
 from atoll.host import facts, kernel, process, seccomp
+from atoll.host.helper_jail import LARGEST_LOG
 from atoll.host.jail import SHARED, Ids, Jail, ServedFolder
 from atoll.host.sandbox import shown_libraries, usable_namespaces
 from atoll.host.spawn import Program, spawn
@@ -43,11 +46,14 @@ def check_folder(path: str) -> None:
         raise InvalidInput(f"the folder {path} can't be shared", why, "Check its path.")
 
 
-def serve(folder: ServedFolder, *, log: Path) -> Served:
-    """Start a server. Raises `InvalidInput` (the folder), `MissingTool`, `Unsupported`, `EngineFailed`."""
+def serve(folder: ServedFolder, *, log: Path, groups: tuple[str, ...] = ()) -> Served:
+    """Start a server, in these control groups.
+
+    Raises `InvalidInput` (the folder), `MissingTool`, `Unsupported`, `EngineFailed`.
+    """
     check_folder(folder.path)
     program = process.find(PROGRAM)
-    jail = _jail(folder, program)
+    jail = replace(jail_for(folder, program), groups=groups)
     ours, theirs = socket.socketpair()
     try:
         with theirs, log.open("ab") as output:
@@ -74,7 +80,8 @@ def serve(folder: ServedFolder, *, log: Path) -> Served:
         raise
 
 
-def _jail(folder: ServedFolder, program: str) -> Jail:
+def jail_for(folder: ServedFolder, program: str) -> Jail:
+    """What shuts the server of this folder in. Raises `Unsupported`."""
     root, namespaces, landlock = os.geteuid() == 0, usable_namespaces(), kernel.landlock_version()
     if not namespaces.usable and not landlock:
         raise Unsupported(
@@ -87,6 +94,10 @@ def _jail(folder: ServedFolder, program: str) -> Jail:
     # It asks who it is. In a user namespace an ordinary user is called 0.
     user, group = (0, 0) if ids is None else (ids.user, ids.group)
     programs = tuple(dict.fromkeys((*shown_libraries(), program, os.path.realpath(program))))
+    limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, _MEMORY)]
+    if folder.read_only:
+        # It has nothing to write but its log.
+        limits.append((resource.RLIMIT_FSIZE, LARGEST_LOG))
     return Jail(
         namespaces=namespaces.usable,
         user_namespace=namespaces.usable and not root,
@@ -96,5 +107,5 @@ def _jail(folder: ServedFolder, program: str) -> Jail:
         texts=(("/etc/passwd", f"share:x:{user}:{group}::/:/\n"),),
         landlock=landlock,
         filtered=kernel.seccomp_filters() and seccomp.known(),
-        limits=((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, _MEMORY)),
+        limits=tuple(limits),
     )

@@ -1,6 +1,6 @@
 """How the programs beside QEMU are shut in: those that speak for guests on a network, and see what guests send.
 
-As QEMU itself (`sandbox.py`), but that they keep a network and may make sockets.
+As QEMU itself (`sandbox.py`), but that most keep a network and may make sockets.
 """
 
 import os
@@ -13,9 +13,9 @@ from typing import Any
 from msgspec import Struct
 
 from atoll.errors import NetworkFailed
-from atoll.host import kernel, seccomp
+from atoll.host import cgroups, kernel, seccomp
 from atoll.host.jail import DEVICES, Ids, Jail
-from atoll.host.sandbox import own_ids, shown_libraries, usable_namespaces, without_ids
+from atoll.host.sandbox import own_ids, shown_libraries, shown_python, usable_namespaces, without_ids
 from atoll.model.units import GIB, MIB
 
 CAP_SETPCAP, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN = 8, 10, 12, 13, 21
@@ -24,6 +24,8 @@ PROCESSES = 256
 CONNECTIONS = 2048
 """Descriptors that it may have. Slirp keeps up to 256 KiB for each connection, so these come to their end first."""
 MEMORY, STACK, LARGEST_LOG = 1 * GIB, 2 * MIB, 1 * MIB
+OF_A_NETWORK = cgroups.Wanted(processes=1024, cpus=2, weight=50, memory=2 * GIB)
+"""All that serve one network, together: where there isn't enough for all, VMs come first."""
 
 
 class HelperJail(Struct, frozen=True, kw_only=True):
@@ -56,7 +58,9 @@ def for_user_network(
     return HelperJail(jail=jail, weaker="" if namespaces.usable else f"it has no root of its own: {namespaces.why}")
 
 
-def for_names(programs: Sequence[str], *, network_id: str, files: Path, ipv6: bool) -> Jail:
+def for_names(
+    programs: Sequence[str], *, network_id: str, files: Path, ipv6: bool, groups: tuple[str, ...] = ()
+) -> Jail:
     """The jail in which a network's names and addresses are told: a network of its own, and these files.
 
     Its user namespace is the network's as well. Raises `NetworkFailed` where there are no namespaces.
@@ -73,16 +77,16 @@ def for_names(programs: Sequence[str], *, network_id: str, files: Path, ipv6: bo
         # In that network alone. dnsmasq insists on the second one for DHCP, though it doesn't use it; the third one is
         # for router advertisements.
         capabilities=(CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, *((CAP_NET_RAW,) if ipv6 else ())),
+        groups=groups,
     )
 
 
-def for_uplink(binary: str, *, holder: int, folder: Path) -> Jail:
+def for_uplink(binary: str, *, network_id: str, holder: int, folder: Path, groups: tuple[str, ...] = ()) -> Jail:
     """The jail for a network's way out, which opens a tap in the network's namespace before it drops the privileges for
     that. Root's is outside of the holder's user namespace: in there it couldn't have ports below 1024.
     """
     root = os.geteuid() == 0
-    seed = secrets.token_hex(4)
-    ids = (None if without_ids(seed) else own_ids(seed)) if root else _ids_in(holder)
+    ids = uplink_ids(network_id, holder)
     return _jail(
         (binary, "/etc/resolv.conf"),
         namespaces=True,
@@ -94,17 +98,41 @@ def for_uplink(binary: str, *, holder: int, folder: Path) -> Jail:
         devices=(*DEVICES, "/dev/net/tun"),
         folder=str(folder),
         nests=True,
+        groups=groups,
     )
 
 
+def for_relay(python: str, *, holder: int, groups: tuple[str, ...] = ()) -> Jail:
+    """The jail for a bad cable, in the network's user namespace: it has both ends open, and makes and opens nothing."""
+    return _jail(
+        (*shown_python(python), python),
+        namespaces=True,
+        user_namespace=True,
+        joined=holder,
+        ids=_ids_in(holder),
+        sockets=False,
+        groups=groups,
+    )
+
+
+def uplink_ids(network_id: str, holder: int) -> Ids | None:
+    """The uplink's user: for root one that is neither a VM's nor the holder's, else the one that the holder's user
+    namespace has besides this user.
+    """
+    if os.geteuid() == 0:
+        seed = network_id[8:]
+        return None if without_ids(seed) else own_ids(seed)
+    return _ids_in(holder)
+
+
 def _ids_in(holder: int) -> Ids | None:
-    """Those that the holder's user namespace has besides this user's."""
+    """The user that the holder's user namespace has besides the one who made it."""
     lines = [line.split() for line in Path(f"/proc/{holder}/uid_map").read_text().splitlines()]
     user = next((int(outside) for inside, outside, _ in lines if inside == "1"), None)
     return None if user is None else Ids(user=user, group=user)
 
 
-def _jail(shown: Sequence[str], *, ids: Ids | None, user_namespace: bool, **others: Any) -> Jail:
+def _jail(shown: Sequence[str], *, ids: Ids | None, user_namespace: bool, sockets: bool = True, **others: Any) -> Jail:
     """With what is the same for all."""
     limits = [
         (resource.RLIMIT_CORE, 0),
@@ -120,7 +148,7 @@ def _jail(shown: Sequence[str], *, ids: Ids | None, user_namespace: bool, **othe
         ids=ids,
         user_namespace=user_namespace,
         programs=_with_targets(shown),
-        sockets=True,
+        sockets=sockets,
         landlock=kernel.landlock_version(),
         filtered=kernel.seccomp_filters() and seccomp.known(),
         limits=tuple(limits),

@@ -129,10 +129,11 @@ def cgroups() -> Cgroups:
     mounts = cgroup_mounts()
     ours = own_groups()
     if "" in mounts and "" in ours:
-        folder = mounts[""] / ours[""].lstrip("/")
+        divisible = divisible_group()
+        folder = divisible or mounts[""] / ours[""].lstrip("/")
         controllers = frozenset((_read(folder / "cgroup.controllers") or "").split())
         if "memory" in controllers or len(mounts) == 1:
-            writable = controllers if os.access(folder, os.W_OK) else frozenset[str]()
+            writable = controllers if divisible else frozenset[str]()
             return Cgroups(version=2, controllers=controllers, writable=writable)
     old = {name: mounts[name] / ours[name].lstrip("/") for name in mounts if name and name in ours}
     return Cgroups(
@@ -140,6 +141,33 @@ def cgroups() -> Cgroups:
         controllers=frozenset(old),
         writable=frozenset(name for name, folder in old.items() if os.access(folder, os.W_OK)),
     )
+
+
+def divisible_group() -> Path | None:
+    """The highest group of the second version, of ours and those above, in which this user may make groups and put our
+    processes into them.
+
+    It has no processes itself, but for the very root, which has no type: the kernel gives groups with processes no
+    controllers for others (cgroup_vet_subtree_control_enable()). An ordinary user's is the one that systemd lets his
+    own manager have, when we were started by that: from a desktop, or by `systemd-run --user --scope`.
+    """
+    return next((folder for folder in groups_above() if _is_divisible(folder)), None)
+
+
+def _is_divisible(folder: Path) -> bool:
+    files = ("", "cgroup.procs", "cgroup.subtree_control")
+    if not all(os.access(folder / name, os.W_OK) for name in files):
+        return False
+    return not (folder / "cgroup.type").exists() or not _read(folder / "cgroup.procs")
+
+
+def groups_above() -> list[Path]:
+    """Our group of the second version and those that it is in, from the highest on; none where it isn't mounted."""
+    mount, group = cgroup_mounts().get(""), own_groups().get("")
+    if mount is None or group is None:
+        return []
+    own = mount / group.lstrip("/")
+    return [folder for folder in (*reversed(own.parents), own) if folder.is_relative_to(mount)]
 
 
 def cgroup_mounts() -> dict[str, Path]:

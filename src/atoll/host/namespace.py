@@ -19,8 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from atoll.errors import NetworkFailed, ProcessFailed, from_os_error
-from atoll.host import facts, files, helper_jail, process, syscalls
+from atoll.errors import AtollError, NetworkFailed, from_os_error
+from atoll.host import cgroups, facts, files, helper_jail, process, syscalls
 from atoll.host.sandbox import own_ids
 from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
@@ -42,7 +42,10 @@ for each in disable_ipv6 accept_ra accept_dad; do
     [ ! -e /proc/sys/net/ipv6 ] || echo 0 >/proc/sys/net/ipv6/conf/default/$each
 done
 [ ! -e /proc/sys/net/ipv6 ] || echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
-ip -batch "$1/links" && nft -f "$1/rules.nft"
+ip -batch "$1/links" && nft -f "$1/rules.nft" && echo 1 >/proc/sys/net/ipv4/conf/default/proxy_arp
+"""
+"""An uplink that comes asks for VMs as for neighbours, and is answered; so published ports need no translation of
+addresses. It is the only one on which that is heard.
 """
 HOLDER = r"""
 read -r _ || exit
@@ -84,13 +87,14 @@ async def hold(network: Network, paths: NetworkPaths) -> facts.ProcessIdentity:
             os.close(told)
         identity = facts.identity_of(holder)
         if identity is not None:
-            files.write_atomically(paths.holder, msgspec.json.encode(identity))
             await run(holder, "sh", "-c", LINKS, MARK, str(paths.run))
             os.write(going, b"go\n")
         if identity is None or not await says(ready, b"ready", START_TIME):
             raise NetworkFailed("a network can't be brought up", last_line(paths.log), "Run `atoll doctor`.")
+        # What a command that is killed before this leaves, ends by itself or at the next one's `end`.
+        files.write_atomically(paths.holder, msgspec.json.encode(identity))
         return identity
-    except (NetworkFailed, ProcessFailed, BrokenPipeError):
+    except (AtollError, BrokenPipeError):
         end(network.id, paths)
         raise
     finally:
@@ -112,7 +116,10 @@ def _start(network: Network, paths: NetworkPaths, waiting: int, told: int) -> in
                 errors=log.fileno(),
             )
             ipv6 = network.subnet6 is not None
-            jail = helper_jail.for_names((sh, dnsmasq, sleep), network_id=network.id, files=paths.names, ipv6=ipv6)
+            groups = cgroups.make(network.id, helper_jail.OF_A_NETWORK).entrances
+            jail = helper_jail.for_names(
+                (sh, dnsmasq, sleep), network_id=network.id, files=paths.names, ipv6=ipv6, groups=groups
+            )
             return spawn(program, jail).pid
     finally:
         os.close(alive)
@@ -153,7 +160,14 @@ def read_again(network_id: str, paths: NetworkPaths, holder: int) -> None:
 def end(network_id: str, paths: NetworkPaths) -> None:
     """End the holder, also one that a killed command has left unrecorded. dnsmasq ends with it, the uplink after it."""
     ids = own_ids(network_id)
-    for pid in facts.scan_for(network_id, after=MARK, also_user=ids.user if ids else None):
+    end_all(facts.scan_for(network_id, after=MARK, also_user=ids.user if ids else None))
+    paths.holder.unlink(missing_ok=True)
+    cgroups.remove(network_id, within=END_TIME)
+
+
+def end_all(pids: Sequence[int]) -> None:
+    """SIGKILL, and wait until they are gone."""
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             handle = os.pidfd_open(pid)
             try:
@@ -161,7 +175,6 @@ def end(network_id: str, paths: NetworkPaths) -> None:
                 select.select([handle], [], [], END_TIME)
             finally:
                 os.close(handle)
-    paths.holder.unlink(missing_ok=True)
 
 
 def entered(holder: int, *, net: bool = True, user: bool = True) -> list[str]:

@@ -46,8 +46,7 @@ async def ensure(members: Members, paths: NetworkPaths) -> int:
 def _write_all(members: Members, paths: NetworkPaths) -> None:
     network, attached = members.network, members.attached
     _make_folder_of_names(paths)
-    for of_before in (paths.impairments, paths.policy):
-        of_before.unlink(missing_ok=True)
+    paths.impairments.unlink(missing_ok=True)
     with contextlib.suppress(FileExistsError):
         os.mkfifo(paths.alive, 0o600)
     with contextlib.suppress(FileNotFoundError):
@@ -59,6 +58,7 @@ def _write_all(members: Members, paths: NetworkPaths) -> None:
         paths.hosts: network_text.hosts(network, attached),
         paths.leases: network_text.leases(attached),
         paths.dns: network_text.dns(network, hosts=str(paths.hosts), upstream=dns),
+        paths.policy: "",
         paths.dhcp: network_text.dhcp(network, leases=str(paths.leases)),
     }
     for path, text in texts.items():
@@ -82,6 +82,8 @@ async def tell(members: Members, paths: NetworkPaths) -> None:
         return
     policy = _policy(members)
     if policy != _told_policy(paths):
+        # Until it is known what holds: a full disk, or a kill, may keep the note from being written.
+        paths.policy.unlink(missing_ok=True)
         await _guard(holder.pid, paths, members)
         files.write_atomically(paths.policy, policy)
     network, attached = members.network, members.attached
@@ -109,11 +111,12 @@ def _policy(members: Members) -> bytes:
     return msgspec.json.encode((members.attached, members.groups)) if ruled else b""
 
 
-def _told_policy(paths: NetworkPaths) -> bytes:
+def _told_policy(paths: NetworkPaths) -> bytes | None:
+    """What the rules that hold were made from; None when that isn't known."""
     try:
         return paths.policy.read_bytes()
     except FileNotFoundError:
-        return b""
+        return None
 
 
 async def add_tap(holder: int, paths: NetworkPaths, members: Members, *, mac: str, address: str) -> int:
@@ -199,5 +202,6 @@ def end(network_id: str, paths: NetworkPaths) -> None:
     import shutil
 
     cables.end(paths)
+    uplink.end(paths)
     namespace.end(network_id, paths)
     shutil.rmtree(paths.run, ignore_errors=True)

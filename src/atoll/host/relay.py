@@ -2,9 +2,9 @@
 
     card's tap ── private bridge ── inner tap ══ this ══ outer tap ── the network's bridge
 
-It is started with nothing but open descriptors (`host/cables.py` says which), imports nothing of ours, and has no
-privilege. It ends with the network, or when the card's tap goes. Frames are carried with the header that tells what is
-left to do for them (large segments, checksums), so nothing has to be computed.
+It is started shut in (`host/helper_jail.py`), with nothing but open descriptors (`host/cables.py` says which), and
+imports nothing of ours. It ends with the network, or when the card's tap goes. Frames are carried with the header that
+tells what is left to do for them (large segments, checksums), so nothing has to be computed.
 """
 
 import contextlib
@@ -28,7 +28,6 @@ ROOM = 16 << 20
 """Bytes that may be on their way in one direction; what is more is lost."""
 KEPT_BACK = 0.02
 """Seconds by which a frame is later when those behind it shall overtake it."""
-NOBODY = 65534
 _AT_ONCE = 64
 _SET_OFFLOADS, _OFFLOADS = 0x400454D0, 0x0F
 """TUNSETOFFLOAD with checksums and large TCP segments (if_tun.h)."""
@@ -100,7 +99,6 @@ def main(settings: Shape, inner: int, outer: int, links: int, alive: int) -> Non
     for tap in (inner, outer):
         os.set_blocking(tap, False)
         fcntl.ioctl(tap, _SET_OFFLOADS, _OFFLOADS)
-    _become_nobody()
     selector = selectors.DefaultSelector()
     for each in (inner, outer, links, alive):
         selector.register(each, selectors.EVENT_READ)
@@ -129,13 +127,6 @@ def _is_gone(links: int, index: int) -> bool:
             return True
         told = told[(length + 3) & ~3 :]
     return False
-
-
-def _become_nobody() -> None:
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 if __name__ == "__main__":

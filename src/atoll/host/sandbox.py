@@ -7,6 +7,7 @@ import os
 import platform
 import pwd
 import resource
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -185,13 +186,24 @@ def shown_programs(binary: str) -> tuple[str, ...]:
     real = os.path.realpath(binary)
     shown = [*shown_libraries(), "/usr/share/qemu", "/usr/share/seabios", "/usr/share/ipxe", "/usr/lib/ipxe"]
     shown += ["/usr/share/seavgabios", "/usr/share/ipxe.qemu"]
-    if not real.startswith("/usr/bin/"):
-        # Built or installed elsewhere: with what is beside it (/opt/qemu, /usr/local, /nix/store).
-        shown.append("/nix/store" if real.startswith("/nix/store/") else str(Path(real).parent.parent))
+    shown += _beside(real)
     shown += _linked_from(Path("/usr/share/qemu"), shown)
     shown = [path for path in shown if os.path.lexists(path)]
     # A link's target is shown where the link is, unless it is below what is shown already.
     return tuple(dict.fromkeys([*shown, binary, real]))
+
+
+@cache
+def shown_python(real: str) -> tuple[str, ...]:
+    """What this Python is made of, whose file that is."""
+    return (*_beside(real), sysconfig.get_path("stdlib"))
+
+
+def _beside(real: str) -> list[str]:
+    """For a program that was built or installed elsewhere: what is beside it (/opt/qemu, /usr/local, /nix/store)."""
+    if real.startswith("/usr/bin/"):
+        return []
+    return ["/nix/store" if real.startswith("/nix/store/") else str(Path(real).parent.parent)]
 
 
 def _linked_from(folder: Path, shown: list[str]) -> list[str]:

@@ -53,3 +53,10 @@ def connect(path: Path, *, kind: socket.SocketKind = socket.SOCK_STREAM) -> sock
         client.close()
         raise
     return client
+
+
+def answers(path: Path) -> bool:
+    """Whether somebody listens there. A socket that a killed process left doesn't answer."""
+    with contextlib.suppress(OSError), connect(path):
+        return True
+    return False

@@ -8,7 +8,7 @@ import contextlib
 import os
 
 from atoll.errors import NetworkFailed
-from atoll.host import helper_jail, namespace, process, slirp
+from atoll.host import cgroups, facts, helper_jail, namespace, process, slirp
 from atoll.host.link_text import UPLINK
 from atoll.host.spawn import Program, spawn
 from atoll.layout import NetworkPaths
@@ -26,6 +26,7 @@ async def ensure(paths: NetworkPaths, holder: int, *, ipv6: bool) -> None:
     """Start the uplink unless it is there. Raises `NetworkFailed`, `MissingTool`."""
     if slirp.listener(paths.uplink) is not None:
         return
+    _end_strays(paths, holder)
     ready, told = os.pipe()
     try:
         _start(paths, holder, told, ipv6=ipv6)
@@ -33,11 +34,19 @@ async def ensure(paths: NetworkPaths, holder: int, *, ipv6: bool) -> None:
             raise NetworkFailed("a network has no way out", namespace.last_line(paths.log), f"See {paths.log}.")
     finally:
         os.close(ready)
-    # slirp4netns asks for VMs as for neighbours; so published ports need no translation of addresses.
-    await namespace.run(holder, "sh", "-c", f"echo 1 >/proc/sys/net/ipv4/conf/{UPLINK}/proxy_arp")
     if ipv6:
         # It leaves these to router advertisements, which the network's own router doesn't take.
         await namespace.run(holder, "ip", "-6", "-batch", "-", stdin=_LINKS6)
+
+
+def _end_strays(paths: NetworkPaths, holder: int) -> None:
+    """One that a killed command has left on its way up would still take the name of our link."""
+    ids = helper_jail.uplink_ids(paths.run.name, holder)
+    namespace.end_all(facts.scan_for(_api_socket(paths), also_user=ids.user if ids else None))
+
+
+def _api_socket(paths: NetworkPaths) -> str:
+    return f"--api-socket={paths.uplink.name}"
 
 
 def _start(paths: NetworkPaths, holder: int, told: int, *, ipv6: bool) -> None:
@@ -56,7 +65,7 @@ def _start(paths: NetworkPaths, holder: int, told: int, *, ipv6: bool) -> None:
         stack.callback(os.close, net)
         log = stack.enter_context(paths.log.open("ab"))
         argv = [binary, "--netns-type=path", "--configure", f"--mtu={_LARGEST_PACKET}", f"--cidr={_SUBNET}"]
-        argv += ["--disable-host-loopback", "--enable-sandbox", "--enable-seccomp", f"--api-socket={paths.uplink.name}"]
+        argv += ["--disable-host-loopback", "--enable-sandbox", "--enable-seccomp", _api_socket(paths)]
         argv += ["--enable-ipv6"] if ipv6 else []
         argv += [f"--exit-fd={alive}", f"--ready-fd={told}", f"/proc/self/fd/{net}", UPLINK]
         program = Program(
@@ -66,7 +75,18 @@ def _start(paths: NetworkPaths, holder: int, told: int, *, ipv6: bool) -> None:
             output=log.fileno(),
             folder=str(folder),
         )
-        spawn(program, helper_jail.for_uplink(binary, holder=holder, folder=folder))
+        network_id = paths.run.name
+        jail = helper_jail.for_uplink(
+            binary, network_id=network_id, holder=holder, folder=folder, groups=cgroups.entrances(network_id)
+        )
+        spawn(program, jail)
+
+
+def end(paths: NetworkPaths) -> None:
+    """It would end by itself, a moment after the network."""
+    pid = slirp.listener(paths.uplink)
+    if pid is not None:
+        namespace.end_all([pid])
 
 
 async def published(paths: NetworkPaths) -> list[tuple[str, PortSpec]]:

@@ -96,3 +96,5 @@ class NetworkInfo(Struct, frozen=True, kw_only=True):
     attached: tuple[Attached, ...] = ()
     impairments: tuple[Impairment, ...] = ()
     """What cables do wrong."""
+    troubles: tuple[str, ...] = ()
+    """What VMs lack since a helper has ended, and what mends it. Only `show` looks for them."""

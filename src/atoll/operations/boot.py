@@ -23,7 +23,7 @@ from atoll.model.launch import LaunchPlan, UserNetwork
 from atoll.model.spec import Arch, VmSpec
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Run, Vm
-from atoll.operations import limits, networks, observe
+from atoll.operations import limits, networks, observe, shares
 from atoll.operations.check_ports import check_port_free
 from atoll.operations.create import firmware_for
 from atoll.operations.descriptors import hand_over, set_path
@@ -230,18 +230,23 @@ async def kill_strays(services: Services, vm: Vm) -> None:
     for link in services.layout.vm(vm.id).run.glob("*.net/link"):
         user_network.let_go(link)
     if recorded is None:
-        await networks_ended(services, vm)
+        await helpers_ended(services, vm)
     cgroups.remove(vm.id)
 
 
-async def networks_ended(services: Services, vm: Vm) -> None:
-    """After QEMU has gone: until its helpers are gone as well, for they still have its ports, and what bridges have."""
-    for network in services.layout.vm(vm.id).run.glob("*.net/control"):
-        pid = user_network.helper_of(network)
+async def helpers_ended(services: Services, vm: Vm) -> None:
+    """After QEMU has gone: until its helpers are gone as well, for they still have its ports and are in its control
+    group; and what bridges have.
+    """
+    from atoll.host.watch import wait_for_exit
+
+    paths = services.layout.vm(vm.id)
+    found = [user_network.helper_of(network) for network in paths.run.glob("*.net/control")]
+    servers = [server for each in shares.all_shares(vm) if (server := shares.server_of(paths, each))]
+    found += [server.process.pid for server in servers if facts.is_alive(server.process)]
+    for pid in found:
         if pid is None:
             continue
-        from atoll.host.watch import wait_for_exit
-
         try:
             await asyncio.wait_for(wait_for_exit(pid), HELPER_TIME)
         except TimeoutError:

@@ -41,11 +41,7 @@ class _Line:
         self._lingering: asyncio.Task[None] | None = None
 
     async def take(self, paths: VmPaths, name: str, *, timeout: float) -> Agent:
-        if self._lingering is not None:
-            lingering, self._lingering = self._lingering, None
-            lingering.cancel()
-            # Until it has let go of its descriptor: if that was closed before, another one of its number would suffer.
-            await asyncio.wait([lingering])
+        await self._stop_lingering()
         if self._agent is not None:
             try:
                 await self._agent.synchronise(timeout=timeout)
@@ -64,6 +60,17 @@ class _Line:
             await settle(paths, self._agent)
             self._open = stack.pop_all()
         return self._agent
+
+    async def _stop_lingering(self) -> None:
+        if self._lingering is not None:
+            lingering, self._lingering = self._lingering, None
+            lingering.cancel()
+            # Until it has let go of its descriptor: if that was closed before, another one of its number would suffer.
+            await asyncio.wait([lingering])
+
+    async def give_up(self) -> None:
+        await self._stop_lingering()
+        await self.drop()
 
     async def drop(self) -> None:
         self._agent = None
@@ -128,7 +135,7 @@ async def let_go(paths: VmPaths) -> None:
     line = _lines.get(asyncio.get_running_loop(), {}).pop(paths.socket("agent"), None)
     if line is not None:
         async with line.lock:
-            await line.drop()
+            await line.give_up()
 
 
 def connect(paths: VmPaths, name: str, port: str) -> socket.socket:

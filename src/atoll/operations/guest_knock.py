@@ -8,7 +8,7 @@ import contextlib
 import socket
 
 from atoll.errors import AtollError
-from atoll.host.sockets import connect
+from atoll.host.sockets import answers, connect
 from atoll.operations.services import Services
 
 _knocking: list[socket.socket] = []
@@ -18,6 +18,9 @@ def knock(reference: str) -> None:
     """Connect to the agent of a VM that seems to run. Whatever is wrong is told later, by who really needs it."""
     services = Services()
     try:
+        # Then it isn't us who will speak to the guest, and our connection would keep that one out.
+        if answers(services.layout.agent_socket):
+            return
         with contextlib.suppress(AtollError, OSError):
             vm = services.find_vm(reference)
             if vm.run is not None and vm.spec.guest.agent:

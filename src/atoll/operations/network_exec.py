@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from atoll.errors import InvalidInput, Unsupported
 from atoll.model.network import Network
 from atoll.model.vm import ExecResult
-from atoll.operations.networks import locked, members_of
+from atoll.operations.networks import locked, up
 from atoll.operations.services import Services
 
 _NAMES = """
@@ -37,7 +37,7 @@ async def command_line(network: Network, command: Sequence[str], *, services: Se
         )
     async with locked(services, [network.id]):
         paths = services.layout.network(network.id)
-        holder = await world.ensure(members_of(services, network), paths)
+        holder = await up(services, network)
         world.write_resolver(network, paths)
     # Root stays who he is, with all of this computer's users; an ordinary user may enter nothing without the other.
     own_user = os.geteuid() != 0

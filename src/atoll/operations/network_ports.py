@@ -5,8 +5,10 @@ import contextlib
 from atoll.errors import AlreadyExists
 from atoll.host import uplink
 from atoll.layout import NetworkPaths
+from atoll.model.network import Network
 from atoll.model.spec import NicSpec, PortSpec
 from atoll.operations.check_ports import check_port_free
+from atoll.operations.network_troubles import running_cards
 from atoll.operations.services import Services
 
 
@@ -21,6 +23,18 @@ async def publish_all(paths: NetworkPaths, vm_name: str, nic: NicSpec) -> None:
         if port not in there:
             check_port_free(vm_name, port)
             await uplink.publish(paths, nic.address, port)
+
+
+async def publish_again(services: Services, network: Network) -> None:
+    """An uplink that took the place of one that was killed has no ports yet: those of VMs that run."""
+    paths = services.layout.network(network.id)
+    if await uplink.published(paths):
+        return
+    for _, nic in running_cards(services, network):
+        for port in nic.ports:
+            # Another program may have taken it.
+            with contextlib.suppress(AlreadyExists):
+                await uplink.publish(paths, nic.address or "", port)
 
 
 async def unpublish_all(services: Services, nics: tuple[NicSpec, ...]) -> None:

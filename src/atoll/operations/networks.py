@@ -146,10 +146,24 @@ async def tap_for(services: Services, vm: Vm, nic: NicSpec) -> int:
             return await host_bridge.add_tap(members, nic.mac, nic.address or "")
         assert nic.address is not None
         paths = services.layout.network(network.id)
-        holder = await world.ensure(members, paths)
+        holder = await up(services, network)
         if network.mode == "nat":
             await network_ports.publish_all(paths, vm.name, nic)
-        return await world.add_tap(holder, paths, members, mac=nic.mac, address=nic.address)
+        return await world.add_tap(holder, paths, members_of(services, network), mac=nic.mac, address=nic.address)
+
+
+async def up(services: Services, network: Network) -> int:
+    """Bring a network up where it isn't, with the ports of VMs that run; returns its holder's pid. The caller holds its
+    lock. Raises `NetworkFailed`, `MissingTool`.
+    """
+    from atoll.host import network as world
+    from atoll.operations import network_ports
+
+    paths = services.layout.network(network.id)
+    holder = await world.ensure(members_of(services, network), paths)
+    if network.mode == "nat":
+        await network_ports.publish_again(services, network)
+    return holder
 
 
 def card_of(

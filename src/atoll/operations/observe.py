@@ -135,6 +135,7 @@ def record_end(services: Services, vm: Vm) -> Vm:
             services.records.put_vm(ended)
             cgroups.remove(vm.id)
             services.bridges_left |= _bridges(services, vm)
+            _unpublish(services, ended)
             data = {"reason": end.reason, "detail": end.detail}
             services.records.add_event("vm.ended", vm_id=vm.id, name=vm.name, data=data)
     return ended
@@ -143,6 +144,17 @@ def record_end(services: Services, vm: Vm) -> Vm:
 def _bridges(services: Services, vm: Vm) -> set[str]:
     networks = [services.records.network(nic.network) for nic in vm.spec.nics if nic.network]
     return {network.id for network in networks if network is not None and network.mode == "bridge"}
+
+
+def _unpublish(services: Services, vm: Vm) -> None:
+    """Ports on shared networks are their uplinks', which go on."""
+    for nic in vm.spec.nics:
+        if nic.network and nic.address and nic.ports:
+            from atoll.host import slirp
+
+            with contextlib.suppress(OSError):
+                for port in nic.ports:
+                    slirp.remove(services.layout.network(nic.network).uplink, nic.address, port)
 
 
 def evidence(vm: Vm, paths: VmPaths) -> Exit:

@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.errors import AtollError, EngineFailed, GuestFailed, NotFound
-from atoll.host import facts, files, folder_server
+from atoll.host import cgroups, facts, files, folder_server
 from atoll.host.jail import ServedFolder
 from atoll.model.requests import ShareRequest
 from atoll.model.spec import ShareSpec, VmSpec
@@ -117,9 +117,11 @@ async def _mount(services: Services, vm: Vm, share: ShareSpec) -> None:
     """A new server behind the port, and the guest on it."""
     paths = services.layout.vm(vm.id)
     files.make_folder(paths.logs)
-    served = folder_server.serve(ServedFolder(path=share.host_path, read_only=share.read_only), log=paths.share_log)
+    wanted = ServedFolder(path=share.host_path, read_only=share.read_only)
+    served = folder_server.serve(wanted, log=paths.share_log, groups=cgroups.entrances(vm.id))
     with served.link:
-        server = shares.Server(process=served.process, at=time.time())
+        folder = shares.folder_at(share.host_path) or (0, 0)
+        server = shares.Server(process=served.process, at=time.time(), folder=folder)
         files.write_atomically(paths.share(share.number), msgspec.json.encode(server))
         async with control(services, vm) as monitor:
             await _connect(monitor, share, served.link.fileno())

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import msgspec
 from msgspec import Struct
@@ -28,6 +28,8 @@ class Server(Struct, frozen=True, kw_only=True):
     process: facts.ProcessIdentity
     at: float
     """When it was started."""
+    folder: tuple[int, int] = (0, 0)
+    """The folder that it serves, by device and inode: another one may have its name by now."""
     mounted: bool = False
 
 
@@ -109,11 +111,22 @@ def server_of(paths: VmPaths, each: ShareSpec) -> Server | None:
 
 def is_mounted(paths: VmPaths, each: ShareSpec) -> bool:
     server = server_of(paths, each)
-    return server is not None and facts.is_alive(server.process) and _has_it(paths, server)
+    return server is not None and facts.is_alive(server.process) and _has_it(paths, each, server)
 
 
-def _has_it(paths: VmPaths, server: Server) -> bool:
-    """Whether the guest has mounted it, and hasn't rebooted by itself since."""
+def folder_at(path: str) -> tuple[int, int] | None:
+    """Which folder this is; None when there is none."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _has_it(paths: VmPaths, each: ShareSpec, server: Server) -> bool:
+    """Whether the guest has mounted it as it is there now, and hasn't rebooted by itself since."""
+    if server.folder != folder_at(each.host_path):
+        return False
     resets = [event["timestamp"]["seconds"] for event in observe.events_of_last_run(paths) if event["event"] == "RESET"]
     return server.mounted and not any(at > server.at for at in resets)
 
@@ -140,4 +153,4 @@ def _state(each: ShareSpec, phase: Phase, paths: VmPaths) -> ShareState:
         return "not-mounted"
     if not facts.is_alive(server.process):
         return "ended"
-    return "shared" if _has_it(paths, server) else "not-mounted"
+    return "shared" if _has_it(paths, each, server) else "not-mounted"

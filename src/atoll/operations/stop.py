@@ -21,7 +21,7 @@ from atoll.model.operation import Progress
 from atoll.model.state import Phase
 from atoll.model.vm import Exit, Vm
 from atoll.operations import guest_setup, network_ports, observe, power
-from atoll.operations.boot import kill, kill_strays, networks_ended
+from atoll.operations.boot import helpers_ended, kill, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.services import Report, Services
 from atoll.qemu.monitor import Monitor
@@ -64,7 +64,7 @@ async def _shut_down(context: Context[StopRequest]) -> None:
             context.notes["how"] = await _ask(context, vm, gone)
         if not gone.done():
             await end(services, vm, gone)
-        await networks_ended(services, vm)
+        await helpers_ended(services, vm)
     finally:
         gone.cancel()
 

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
+from atoll.model.audit import AuditEntry
 from atoll.model.backup import Backup, Keep, Pruned, Verified
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
@@ -457,6 +458,9 @@ class AsyncHost(Protocol):
 
     def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         """What happened, and with `follow` what happens; `after` is the last event that is known already."""
+
+    def audit(self, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[AuditEntry]:
+        """Who asked its agent for changes, and who was refused, oldest first; with `follow` on and on."""
 
     def notices(self) -> list[str]:
         """What recovery did to operations that a killed process had left, told once."""

@@ -412,6 +412,7 @@ class Host(_Handle[AsyncHost]):
     diff = _blocking(AsyncHost.diff)
     export = _blocking(AsyncHost.export)
     events = _plain_iterator(AsyncHost.events)
+    audit = _plain_iterator(AsyncHost.audit)
 
     def get(self, reference: str) -> Vm:
         """The VM with that name, id, or unique prefix of either. Raises `NotFound`."""

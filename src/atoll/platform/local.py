@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 from msgspec.structs import replace
 
 from atoll.layout import Layout
+from atoll.model.audit import AuditEntry
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.requests import CreateRequest
@@ -210,6 +211,15 @@ class LocalHost:
 
         async for event in follow_events(self._services, after=last):
             yield event
+
+    def audit(self, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[AuditEntry]:
+        from atoll.store import audit
+
+        return audit.entries(self.layout.audit, follow=follow, tail=tail)
+
+    def last_event(self) -> int:
+        """The id of what happened last."""
+        return self._services.records.last_event()
 
     async def prune(self, *, every: bool = False, dry_run: bool = False) -> list[tuple[str, int]]:
         from atoll.operations.prune import prune

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from atoll.model.groups import GroupInfo
 from atoll.model.network import Network, NetworkInfo
 from atoll.model.requests import NetworkRequest
@@ -25,10 +27,12 @@ class LocalNetworks:
         return list_networks(self._services)
 
     async def show(self, reference: str) -> NetworkInfo:
+        from atoll.operations.network_troubles import troubles
         from atoll.operations.networks import find_network
 
         wanted = find_network(self._services, reference)
-        return next(info for info in await self.ls() if info.network.id == wanted.id)
+        found = next(info for info in await self.ls() if info.network.id == wanted.id)
+        return replace(found, troubles=await troubles(self._services, wanted))
 
     async def create(self, request: NetworkRequest | str) -> Network:
         from atoll.operations.network import create

@@ -1,7 +1,7 @@
 """Which host is meant: this computer's, in this process or through its agent, or another one's agent."""
 
-import contextlib
 import os
+from pathlib import Path
 
 from atoll import layout as layouts
 from atoll.errors import InvalidInput
@@ -12,12 +12,16 @@ HOST_VARIABLE = "ATOLL_HOST"
 TOKEN_VARIABLE = "ATOLL_TOKEN"
 
 
-def open_host(where: str | Layout | None = None) -> AsyncHost:
-    """The host that `where` names: `https://…`, or this computer's when it is None. A layout is always used in this
-    process. Raises `InvalidInput`.
+def open_host(
+    where: str | Layout | None = None, *, token: str | None = None, ca: str | Path | None = None
+) -> AsyncHost:
+    """The host that `where` names: one that was noted, `https://…`, or this computer's when it is None. A layout is
+    always used in this process. Raises `InvalidInput`, `NotFound`.
     """
     if isinstance(where, str):
-        return _remote(where)
+        return _remote(where, token, ca)
+    if token is not None or ca is not None:
+        raise InvalidInput("a token and an authority are for other computers", next_step="Say which: https://….")
     found = where or layouts.find()
     if where is None and agent_answers(found):
         from atoll.platform.remote import RemoteHost
@@ -29,22 +33,20 @@ def open_host(where: str | Layout | None = None) -> AsyncHost:
     return LocalHost(found)
 
 
-def _remote(url: str) -> AsyncHost:
-    if not url.startswith("https://"):
-        raise InvalidInput(f"{url!r} can't be a host", next_step="Write it as https://NAME:PORT.")
-    import ssl
-
+def _remote(where: str, token: str | None, ca: str | Path | None) -> AsyncHost:
+    from atoll.platform import known_hosts
+    from atoll.platform.reach import tls_context
     from atoll.platform.remote import RemoteHost
     from atoll.platform.wire import Place
 
-    token = os.environ.get(TOKEN_VARIABLE)
-    return RemoteHost(Place(url=url.rstrip("/"), token=token, tls=ssl.create_default_context()))
+    if "://" not in where:
+        return RemoteHost(known_hosts.place_of(known_hosts.get(where)))
+    url = known_hosts.check_url(where)
+    return RemoteHost(Place(url=url, token=token or os.environ.get(TOKEN_VARIABLE), tls=tls_context(ca)))
 
 
 def agent_answers(layout: Layout) -> bool:
-    """Whether an agent listens for local commands. A socket that a killed one left doesn't."""
+    """Whether an agent listens for local commands."""
     from atoll.host import sockets
 
-    with contextlib.suppress(OSError), sockets.connect(layout.agent_socket):
-        return True
-    return False
+    return sockets.answers(layout.agent_socket)

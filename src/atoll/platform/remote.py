@@ -10,6 +10,7 @@ import msgspec
 
 from atoll.errors import Unsupported
 from atoll.model import names
+from atoll.model.audit import AuditEntry
 from atoll.model.image import Image
 from atoll.model.requests import CaptureRequest, CreateRequest, ImportRequest
 from atoll.model.streams import ShellOpening
@@ -280,6 +281,11 @@ class RemoteNetworks(Part):
         return RemoteGroups(self._wire)
 
     async def command_line(self, reference: str, command: Sequence[str]) -> list[str]:
+        if self._wire.place.socket is not None:
+            from atoll.platform.local import LocalHost
+
+            async with LocalHost() as host:
+                return await host.networks.command_line(reference, command)
         raise Unsupported(
             "a program can be started in a network only on the computer that has it",
             next_step="Use `exec`, which runs it there.",
@@ -389,3 +395,10 @@ class RemoteHost(Part):
             for event in found:
                 yield event
             last = found[-1].id
+
+    async def audit(self, *, follow: bool = False, tail: int | None = None) -> AsyncIterator[AuditEntry]:
+        rest = b""
+        async for piece in self._wire.bytes_of(f"{routes.VERSION}/audit", query={"follow": follow, "tail": tail}):
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                yield decoded(line, AuditEntry)

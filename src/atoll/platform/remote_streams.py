@@ -15,6 +15,7 @@ from atoll.model.streams import STDERR, STDOUT, ExecOpening, Resize, ShellOpenin
 from atoll.model.vm import ExecRequest, ExecResult
 from atoll.platform import routes
 from atoll.platform.api import ByteSink, Drain
+from atoll.platform.reach import lost, why_not
 from atoll.platform.wire import Wire, error_of, refused
 
 Stdin = bytes | AsyncIterator[bytes] | None
@@ -33,15 +34,12 @@ async def open_socket(wire: Wire, path: str) -> ClientConnection:
     except InvalidStatus as error:
         raise refused(error.response.status_code, bytes(error.response.body or b"")) from error
     except (OSError, WebSocketException, TimeoutError) as error:
-        raise _lost(wire, error) from error
+        raise why_not(place.shown, error) from error
 
 
 def _lost(wire: Wire, error: BaseException) -> NetworkFailed:
-    return NetworkFailed(
-        f"the connection to the agent at {wire.place.shown} was lost",
-        str(error) or type(error).__name__,
-        "See whether `atoll serve` runs there.",
-    )
+    told = error.rcvd.reason if isinstance(error, ConnectionClosed) and error.rcvd is not None else ""
+    return lost(wire.place.shown, EOFError(told) if told else error)
 
 
 async def execute(

@@ -19,12 +19,12 @@ import msgspec
 from msgspec import Struct
 
 from atoll.model.requests import CreateRequest
+from atoll.model.token import Scope
 from atoll.model.vm import ExecRequest, ExecResult, VmInfo
 from atoll.platform import api
 from atoll.platform.copies import AsyncCopies
 
 Http = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
-Scope = Literal["read", "operate", "admin"]
 VERSION = "/v1"
 
 
@@ -164,6 +164,17 @@ _BY_METHOD = {(call.target, call.method.__name__): call for call in CALLS}
 def of(method: Callable[..., Any]) -> Call:
     """The call of a method of the façade."""
     return _BY_METHOD[method.__qualname__.partition(".")[0], method.__name__]
+
+
+def scope_of(call: Call, given: Struct | None) -> Scope:
+    """What a token must be good for to ask for just that: what reaches into the host takes more than its call does.
+
+    Folders of the host's, its bridges, and a QEMU without its barriers are for admins.
+    """
+    shares = bool(getattr(given, "shares", ()))
+    unguarded = getattr(given, "isolation", None) == "none"
+    on_bridge = getattr(given, "mode", None) == "bridge"
+    return "admin" if shares or unguarded or on_bridge else call.scope
 
 
 class Parameter(Struct, frozen=True):

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import ssl
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -13,11 +13,12 @@ import httpcore
 import msgspec
 
 from atoll import errors
-from atoll.errors import AtollError, NetworkFailed
+from atoll.errors import AtollError, NetworkFailed, NotFound
 from atoll.host.sockets import address_of
 from atoll.model.task import Problem, Task
 from atoll.platform import lenient, routes
 from atoll.platform.api import Report
+from atoll.platform.reach import ConnectionLost, keep_alive_options, lost, persistently, why_not
 from atoll.platform.routes import Call
 
 WAIT = 60
@@ -25,6 +26,10 @@ WAIT = 60
 CANCEL_TIMEOUT = 120.0
 LONG = 64 << 10
 """Bytes of an answer that is worth keeping."""
+AGENT_HEADER = b"atoll-agent"
+"""Names the process that answers."""
+ATTEMPTS = 5
+"""How often a request is sent whose connection is lost each time."""
 _CONNECT = {"connect": 10.0, "read": WAIT + 30.0, "write": 60.0, "pool": None}
 _STREAM = {"connect": 10.0, "read": None, "write": None, "pool": None}
 
@@ -65,8 +70,14 @@ class Wire:
         # The address of a socket is short, its path may not be.
         self.socket = self._held.enter_context(address_of(Path(place.socket))) if place.socket is not None else None
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=place.tls, uds=self.socket, max_connections=100, keepalive_expiry=30.0
+            ssl_context=place.tls,
+            uds=self.socket,
+            max_connections=100,
+            keepalive_expiry=30.0,
+            socket_options=None if self.socket is not None else keep_alive_options(),
         )
+        self._agent: bytes | None = None
+        """Which agent answered last: one that was started anew is another one."""
 
     async def close(self) -> None:
         await self._pool.aclose()
@@ -97,15 +108,14 @@ class Wire:
             async with self._pool.stream(
                 http, target, headers=list(sent.items()), content=content, extensions=extensions
             ) as response:
+                self._agent = dict(response.headers).get(AGENT_HEADER, self._agent)
                 if response.status >= 400:
                     raise refused(response.status, await response.aread())
                 yield response
+        except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+            raise why_not(self.place.shown, error) from error
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-            raise NetworkFailed(
-                f"the agent at {self.place.shown} can't be reached",
-                str(error) or type(error).__name__,
-                "See whether `atoll serve` runs there, and whether the address is right.",
-            ) from error
+            raise lost(self.place.shown, error) from error
 
     async def get(self, path: str, kind: Any, *, query: Mapping[str, Any] | None = None) -> Any:
         async with self.request("GET", path, query=query) as response:
@@ -115,7 +125,7 @@ class Wire:
         """Do what a method of the façade does, over there. Cancelling it cancels it there, and waits for the undo."""
         path, query, content = _asked(call, receiver, given)
         if not call.changes:
-            return await self._read(path, routes.result(call), query=query)
+            return await persistently(lambda: self._read(path, routes.result(call), query=query))
         return await self.change(call.http, path, query=query, content=content, kind=routes.result(call), report=report)
 
     async def _read(self, path: str, kind: Any, *, query: Mapping[str, Any]) -> Any:
@@ -164,25 +174,52 @@ class Wire:
     ) -> Any:
         prefer = f"wait={WAIT}" if report is None else "respond-async"
         headers = {"Idempotency-Key": key, "Prefer": prefer}
-        async with self.request(http, path, query=query, content=content, headers=headers) as response:
-            said = await response.aread()
-        if response.status != 202:
-            return decoded(said, kind)
-        task = decoded(said, Task)
-        if report is not None:
-            task = await self._reported(task, report)
-        while task.state == "running":
-            task = await self.get(f"{routes.VERSION}/tasks/{task.id}", Task, query={"wait": WAIT})
+
+        async def send() -> Any:
+            async with self.request(http, path, query=query, content=content, headers=headers) as response:
+                said = await response.aread()
+            return decoded(said, Task if response.status == 202 else kind)
+
+        task = await self._begun(send, key)
+        if not isinstance(task, Task):
+            return task
+        task = await self._ended(task, report)
+        if task.state == "lost":
+            raise _restarted(self.place)
         if task.error is not None:
             raise error_of(task.error)
         return lenient.convert(task.result, kind)
 
-    async def _reported(self, task: Task, report: Report) -> Task:
-        """Tell the progress as it comes; the task as it was last told."""
-        async for _, data in self.events(f"{routes.VERSION}/tasks/{task.id}/events"):
-            task = decoded(data, Task)
-            if task.progress is not None:
-                report(task.progress)
+    async def _begun(self, send: Callable[[], Awaitable[Any]], key: str) -> Any:
+        """What `send` gives. Where the connection is lost meanwhile, the task that it began, or what it gives anew."""
+        agent = self._agent
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(ConnectionLost):
+                return await send()
+            try:
+                return await persistently(lambda: self._task(key), was_lost=True)
+            except NotFound as error:
+                # It never arrived; or it did, at an agent that was started anew since and doesn't know what it did.
+                if agent is None or agent != self._agent:
+                    raise _restarted(self.place) from error
+        return await send()
+
+    async def _task(self, reference: str) -> Task:
+        return await self.get(f"{routes.VERSION}/tasks/{reference}", Task, query={"wait": 0})  # type: ignore[no-any-return]
+
+    async def _ended(self, task: Task, report: Report | None) -> Task:
+        """The task at its end; its progress is told as it comes."""
+        path = f"{routes.VERSION}/tasks/{task.id}"
+        try:
+            if report is not None:
+                async for _, data in self.events(f"{path}/events"):
+                    task = decoded(data, Task)
+                    if task.progress is not None:
+                        report(task.progress)
+            while task.state == "running":
+                task = await persistently(lambda: self.get(path, Task, query={"wait": WAIT}))
+        except NotFound as error:
+            raise _restarted(self.place) from error
         return task
 
     async def _cancel(self, key: str) -> None:
@@ -195,26 +232,59 @@ class Wire:
                     pass
 
     async def events(self, path: str, *, query: Mapping[str, Any] | None = None) -> AsyncIterator[tuple[str, bytes]]:
-        """Server-sent events: the id and the data of each, until the other side ends the stream."""
-        async with self.request("GET", path, query=query, endless=True) as response:
-            number, data, rest = "", b"", b""
-            async for piece in response.aiter_stream():
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in lines:
-                    name, _, value = line.rstrip(b"\r").partition(b":")
-                    if name == b"id":
-                        number = value.strip().decode()
-                    elif name == b"data":
-                        data += value.strip()
-                    elif not name and data:
-                        yield number, data
-                        data = b""
+        """Server-sent events: the id and the data of each, until the other side ends the stream.
+
+        A connection that was lost is made anew, and goes on after the last event that came.
+        """
+        last, again = "", False
+        while True:
+            stack = contextlib.AsyncExitStack()
+
+            async def open_it(stack: contextlib.AsyncExitStack = stack, last: str = last) -> httpcore.Response:
+                headers = {"Last-Event-ID": last} if last else {}
+                request = self.request("GET", path, query=query, headers=headers, endless=True)
+                return await stack.enter_async_context(request)
+
+            try:
+                async with stack:
+                    response = await (persistently(open_it, was_lost=True) if again else open_it())
+                    async for number, data in _events_of(response):
+                        last = number
+                        if data:
+                            yield number, data
+                    return
+            except ConnectionLost:
+                again = True
 
     async def bytes_of(self, path: str, *, query: Mapping[str, Any] | None = None) -> AsyncIterator[bytes]:
         """An answer's body as it comes."""
         async with self.request("GET", path, query=query, endless=True) as response:
             async for piece in response.aiter_stream():
                 yield piece
+
+
+async def _events_of(response: httpcore.Response) -> AsyncIterator[tuple[str, bytes]]:
+    """Each event; one without data tells only its id."""
+    number, data, rest = "", b"", b""
+    async for piece in response.aiter_stream():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            name, _, value = line.rstrip(b"\r").partition(b":")
+            if name == b"id":
+                number = value.strip().decode()
+            elif name == b"data":
+                data += value.strip()
+            elif not name and not value:
+                yield number, data
+                data = b""
+
+
+def _restarted(place: Place) -> NetworkFailed:
+    return NetworkFailed(
+        f"the connection to the agent at {place.shown} was lost",
+        "it doesn't know any more what it was asked, so it was started anew meanwhile",
+        "`atoll operation ls` tells what became of it.",
+    )
 
 
 def _asked(call: Call, receiver: str | None, given: Mapping[str, Any]) -> tuple[str, dict[str, Any], bytes | None]:
