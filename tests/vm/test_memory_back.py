@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from tests.helpers.command import atoll
 from tests.helpers.machines import Factory
 
 from atoll.host import facts
@@ -29,3 +30,21 @@ async def test_what_a_guest_frees_goes_back_to_the_computer(factory: Factory) ->
         while resident(vm.record) > full - 120 * MIB:
             await asyncio.sleep(0.5)
     assert await vm.sh("echo alive") == "alive"
+
+
+async def test_the_host_tells_what_was_promised_and_what_is_shared(factory: Factory) -> None:
+    assert (await factory.host.memory()).vms == 0
+    vm = await factory.run("tiny", name="v", memory="128MiB")
+    alone = await factory.host.memory()
+    assert (alone.vms, alone.promised) == (1, 128 * MIB)
+    assert 20 * MIB < alone.used < 400 * MIB
+    assert alone.available < alone.total
+    await vm.fork(3, name="f-{n}")
+    four = await factory.host.memory()
+    assert (four.vms, four.promised) == (4, 512 * MIB)
+    assert four.shared > 5 * MIB
+    assert four.saved > alone.saved + 20 * MIB
+    assert 4 * MIB < four.used < 4 * alone.used
+    shown = await asyncio.to_thread(atoll, "top", "--host", "--once")
+    assert shown.out.split()[:2] == ["VMS", "PROMISED"]
+    assert "512MiB" in shown.out

@@ -230,14 +230,31 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def memory_private(pid: int) -> int:
-    """Bytes of memory that a process shares with nobody (`smaps_rollup`). Raises `StorageFailed` when it is gone."""
+class MemoryShare(Struct, frozen=True, kw_only=True):
+    """A process's memory; bytes."""
+
+    resident: int
+    proportional: int
+    """Of pages that several processes have its part only."""
+    private: int
+    """What it shares with nobody."""
+
+
+def memory_share(pid: int) -> MemoryShare:
+    """From `smaps_rollup`. Raises `StorageFailed` when it is gone."""
     path = PROC / f"{pid}/smaps_rollup"
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().splitlines()[1:]
     except OSError as error:
         raise from_os_error(error, f"read {path}") from error
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+    found = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    private = found["Private_Clean"] + found["Private_Dirty"]
+    return MemoryShare(resident=found["Rss"], proportional=found["Pss"], private=private)
+
+
+def memory_private(pid: int) -> int:
+    """Bytes of memory that a process shares with nobody. Raises `StorageFailed` when it is gone."""
+    return memory_share(pid).private
 
 
 def threads_by_own_number(pid: int) -> dict[int, int]:

@@ -32,7 +32,7 @@ from atoll.model.requests import (
 )
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
-from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, ShareInfo, Stats, Vm, VmInfo
+from atoll.model.vm import Change, Event, ExecRequest, ExecResult, HostMemory, PoolInfo, ShareInfo, Stats, Vm, VmInfo
 from atoll.platform.copies import AsyncCopies
 
 Report = Callable[[Progress], None]
@@ -389,6 +389,9 @@ class AsyncHost(Protocol):
     async def __aexit__(self, *exc: object) -> None: ...
 
     async def ls(self) -> list[VmInfo]: ...
+
+    async def memory(self) -> HostMemory:
+        """The computer's memory: what running VMs were promised, have taken, share and save."""
 
     async def get(self, reference: str) -> AsyncVm:
         """The VM with that name, id, or unique prefix of either. Raises `NotFound`."""

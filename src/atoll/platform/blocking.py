@@ -407,6 +407,7 @@ class Host(_Handle[AsyncHost]):
         return False
 
     ls = _blocking(AsyncHost.ls)
+    memory = _blocking(AsyncHost.memory)
     prune = _blocking(AsyncHost.prune)
     fsck = _blocking(AsyncHost.fsck)
     diff = _blocking(AsyncHost.diff)

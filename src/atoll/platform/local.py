@@ -10,7 +10,7 @@ from atoll.model.audit import AuditEntry
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.requests import CreateRequest
-from atoll.model.vm import Event, VmInfo
+from atoll.model.vm import Event, HostMemory, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import BundleFile, Report
 from atoll.platform.copies import AsyncCopies
@@ -125,6 +125,11 @@ class LocalHost:
         from atoll.operations import observe
 
         return observe.list_vms(self._services)
+
+    async def memory(self) -> HostMemory:
+        from atoll.operations.host_memory import host_memory
+
+        return host_memory(self._services)
 
     async def get(self, reference: str) -> LocalVm:
         return LocalVm(self._services, self._services.find_vm(reference))

@@ -343,6 +343,7 @@ class RemoteHost(Part):
         return []
 
     ls = _there(AsyncHost.ls)
+    memory = _there(AsyncHost.memory)
     clone = _there(AsyncHost.clone)
     fork = _there(AsyncHost.fork)
     diff = _there(AsyncHost.diff)

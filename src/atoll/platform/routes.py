@@ -81,6 +81,7 @@ _networks, _groups, _backups = api.AsyncNetworks, api.AsyncGroups, api.AsyncBack
 
 CALLS = (
     Call("GET", "/vms", _host.ls, "read"),
+    Call("GET", "/memory", _host.memory, "read"),
     Call("POST", "/vms", _create, "operate"),
     Call("POST", "/clone", _host.clone, "operate"),
     Call("POST", "/fork", _host.fork, "operate"),
