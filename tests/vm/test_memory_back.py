@@ -3,11 +3,18 @@
 import asyncio
 
 import pytest
+from tests.helpers.agents import agent
 from tests.helpers.command import atoll
+from tests.helpers.images import adopt_cached
 from tests.helpers.machines import Factory
 
+from atoll.errors import Busy
 from atoll.host import facts
+from atoll.layout import Layout
+from atoll.model.state import Phase
 from atoll.model.vm import Vm
+from atoll.platform.remote import RemoteHost
+from atoll.platform.wire import Place
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(120)]
 MIB = 1 << 20
@@ -48,3 +55,25 @@ async def test_the_host_tells_what_was_promised_and_what_is_shared(factory: Fact
     shown = await asyncio.to_thread(atoll, "top", "--host", "--once")
     assert shown.out.split()[:2] == ["VMS", "PROMISED"]
     assert "512MiB" in shown.out
+
+
+async def test_an_agent_promises_no_more_than_it_may(layout: Layout) -> None:
+    await adopt_cached("tiny", layout)
+    total = facts.memory().total
+    options = ("--memory-overcommit", "1.5", "--memory-reserve", str(total - 200 * MIB))
+    place = Place(url="http://atoll", socket=str(layout.agent_socket))
+    async with agent(layout, *options), RemoteHost(place) as host:
+        first = await host.run("tiny", name="first", memory="128MiB")
+        two = [await host.create("tiny", name=name, memory="128MiB") for name in ("second", "third")]
+        started = await asyncio.gather(*(each.start() for each in two), return_exceptions=True)
+        (refused,) = [each for each in started if each is not None]
+        assert isinstance(refused, Busy)
+        assert "2 other VMs have been promised 256MiB of 300MiB" in refused.why
+        assert [each.phase for each in await host.ls()].count(Phase.STOPPED) == 1
+        await first.restart(force=True)
+        await first.stop(force=True)
+        late = two[started.index(refused)]
+        await late.start()
+        assert (await host.memory()).promised == 256 * MIB
+        for each in (first, *two):
+            await each.rm(force=True)

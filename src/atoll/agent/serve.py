@@ -23,6 +23,7 @@ from atoll.host import files, sockets
 from atoll.host.lease import lease
 from atoll.layout import Layout
 from atoll.model.names import new_id
+from atoll.operations.promises import Promises
 from atoll.platform.local import LocalHost
 from atoll.platform.wire import AGENT_HEADER
 
@@ -104,12 +105,13 @@ async def serve(
     *,
     addresses: Sequence[str] = (),
     names: Sequence[str] = (),
+    promises: Promises | None = None,
     ready: Callable[[list[str]], None] = lambda shown: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; what is at work then is undone. `names` are the computer's for its certificate."""
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
-        host = await stack.enter_async_context(LocalHost(layout))
+        host = await stack.enter_async_context(LocalHost(layout, promises=promises))
         agent = Agent(host, Access(layout))
         listeners = [
             stack.enter_context(listen_locally(layout)),

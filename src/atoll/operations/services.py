@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from atoll.model.launch import Capabilities
     from atoll.model.spec import AcceleratorChoice, Arch
+    from atoll.operations.promises import Promises
 
 Report = Callable[[Progress], None]
 LOCK_TIMEOUT = 120.0
@@ -32,6 +33,8 @@ class Services:
 
     def __init__(self, layout: Layout | None = None) -> None:
         self.layout = layout or layouts.find()
+        self.promises: Promises | None = None
+        """The limit of the memory that VMs may be promised, if there is one."""
         self._later: set[asyncio.Task[None]] = set()
         self.bridges_left: set[str] = set()
         """Networks of mode bridge with rules for cables of VMs that have ended by themselves."""

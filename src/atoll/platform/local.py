@@ -21,6 +21,7 @@ from atoll.platform.local_vm import LocalVm
 
 if TYPE_CHECKING:
     from atoll.host.checks import Check
+    from atoll.operations.promises import Promises
 
 # Operations are imported where they are used: `atoll ls` shall not pay for QMP, HTTP or asyncio.
 
@@ -77,8 +78,10 @@ async def _settle(services: Services) -> list[str]:
 class LocalHost:
     """This computer. An async context manager; opening it settles what killed commands have left."""
 
-    def __init__(self, layout: Layout | None = None) -> None:
+    def __init__(self, layout: Layout | None = None, *, promises: "Promises | None" = None) -> None:
+        """`promises` limits the memory of the VMs that are started through it."""
         self._services = Services(layout)
+        self._services.promises = promises
         self._notices: list[str] = []
 
     @property
