@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import barriers, history, libvirt, networks, raw, report
+from bench import agent, barriers, history, libvirt, networks, raw, report
 from bench.harness import Case, Figures, Goal, measure
 from bench.ours import NAME, TWIN, Atoll
 
@@ -64,6 +64,7 @@ def main() -> None:
             ),
             *execs(atoll, hand, repetitions, peers=options.peers),
             *history.figures(atoll, home / "history", repetitions, tell, peers=options.peers),
+            *agent.figures(atoll.env, many),
             *listings(atoll, peer, home, many, repetitions),
         ]
         results = home / "results" if options.quick else HERE / "results"

@@ -125,6 +125,9 @@ NOTES = """## What is measured
 - **restore to running**: Atoll's includes halting the present machine first; by hand it is QEMU's start, the load of
   the same memory, and `cont`; for libvirt a whole `virsh restore`.
 - **fork**: until the copy runs. By hand: QEMU's start on the same mapped memory, the load of the devices, and `cont`.
+- **the agent**: over its Unix socket. `list` from one client again and again, which isn't sent again what hasn't
+  changed; `a client's first time` is all of it. Small requests: one client, 16 connections, two processors for both;
+  the goal is 1,000 a second. An event, from the call that records it, on the disk, to a client that follows.
 - **ls**: with that many stopped VMs; whole processes.
 - **processes beside a running VM**: those of ours that stay, beside QEMU and the helper of its network
   (slirp4netns, with under 1 MiB of its own). libvirt's memory is that of its daemons.

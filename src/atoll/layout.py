@@ -177,6 +177,22 @@ class NetworkPaths:
 
 
 @dataclass(frozen=True)
+class TransferPaths:
+    """The files of an upload, or of a bundle that waits to be downloaded."""
+
+    folder: Path
+
+    @property
+    def content(self) -> Path:
+        return self.folder / "content"
+
+    @property
+    def about(self) -> Path:
+        """What was announced."""
+        return self.folder / "about.json"
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where this Atoll keeps its things."""
 
@@ -227,6 +243,10 @@ class Layout:
     def temporary(self) -> Path:
         """Unfinished files, on the same file system as layers and blobs so that a rename is enough."""
         return self.data / "tmp"
+
+    def transfer(self, kind: str, transfer_id: str) -> TransferPaths:
+        """An `upload` or a `bundle`."""
+        return TransferPaths(folder=self.temporary / f"{kind}-{transfer_id}")
 
     @property
     def catalogue(self) -> Path:

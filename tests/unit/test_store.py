@@ -340,3 +340,31 @@ def test_an_event_is_read_as_it_was_added_and_wakes_its_followers(path: Path, tm
         records.put_operation(operation(1, "running"))
         records.request_cancel(operation(1).id)
         assert wake.stat().st_mtime_ns > changed
+
+
+def test_vms_are_those_of_now_whoever_wrote_last(tmp_path: Path) -> None:
+    ours, theirs = SqliteRecords(tmp_path / "atoll.db"), SqliteRecords(tmp_path / "atoll.db")
+    first, second = vm("one"), vm("two")
+    ours.add_vm(first)
+    assert ours.vms() == [first] == theirs.vms()
+    theirs.add_vm(second)
+    assert {each.name for each in ours.vms()} == {"one", "two"}
+    ours.put_vm(replace(first, name="uno"))
+    assert {each.name for each in ours.vms()} == {"uno", "two"} == {each.name for each in theirs.vms()}
+    kept = {each.id: each for each in ours.vms()}
+    theirs.put_vm(replace(second, name="due"))
+    assert next(each for each in ours.vms() if each.id == first.id) is kept[first.id]
+    assert {each.name for each in ours.vms()} == {"uno", "due"}
+    ours.vms().clear()
+    assert len(ours.vms()) == 2
+    with pytest.raises(RuntimeError), ours._transaction() as db:
+        db.execute("DELETE FROM vms")
+        assert ours.vms() == []
+        raise RuntimeError
+    assert len(ours.vms()) == 2
+    theirs.remove_vm(second.id)
+    assert [each.name for each in ours.vms()] == ["uno"]
+    assert ours.called("uno") == ours.called(first.id) == replace(first, name="uno")
+    assert ours.called("un") is None
+    ours.close()
+    theirs.close()

@@ -6,19 +6,23 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
+from tests.helpers import image_files
 from tests.helpers.agents import agent, remote_agent, trusting
 from tests.helpers.images import adopt_cached
 from tests.helpers.ports import free_port
 
-from atoll.errors import AlreadyExists, InvalidInput, NotFound, TimedOut, WrongState
+from atoll.errors import AlreadyExists, ImageRefused, InvalidInput, NotFound, TimedOut, WrongState
 from atoll.layout import Layout
-from atoll.model.requests import DiskRequest, SetRequest
+from atoll.model.names import new_id
+from atoll.model.requests import DiskRequest, ImportRequest, SetRequest
 from atoll.model.spec import PortSpec
 from atoll.model.state import Phase
 from atoll.platform.api import AsyncHost, AsyncVm
 from atoll.platform.local import LocalHost
 from atoll.platform.remote import RemoteHost
 from atoll.platform.wire import Place
+from atoll.store.sqlite import SqliteRecords
 from atoll.store.tokens import Tokens
 
 pytestmark = pytest.mark.vm
@@ -103,6 +107,33 @@ async def test_history_is_written_and_read(host: AsyncHost, tmp_path: Path) -> N
     assert {each.vm.name for each in await host.ls()} == {"web", "copy", "again"}
     assert await phase(imported) is Phase.STOPPED
     assert [each.snapshot.name for each in await vm.history()] == ["clean"]
+
+
+async def test_long_lists_are_those_of_now(host: AsyncHost, layout: Layout) -> None:
+    model = (await (await host.create("tiny", name="web")).info()).vm
+    records = SqliteRecords(layout.database)
+    for number in range(100):
+        records.add_vm(replace(model, id=new_id(), name=f"web-{number}"))
+    before = await host.ls()
+    assert (len(before), await host.ls()) == (101, before)
+    records.remove_vm(before[-1].vm.id)
+    assert await host.ls() == before[:-1]
+    for each in before[1:-1]:
+        records.remove_vm(each.vm.id)
+    records.close()
+
+
+async def test_images_are_made_of_files(host: AsyncHost, tmp_path: Path) -> None:
+    (tmp_path / "My CD.iso").write_bytes(image_files.iso())
+    image = await host.images.import_file(ImportRequest(path=str(tmp_path / "My CD.iso"), description="mine"))
+    assert (image.name, image.disks[0].media, image.description) == ("my-cd:latest", "cdrom", "mine")
+    assert image in await host.images.ls()
+    (tmp_path / "empty").touch()
+    with pytest.raises(ImageRefused, match="it is empty"):
+        await host.images.import_file(ImportRequest(path=str(tmp_path / "empty")))
+    (tmp_path / "damaged").write_bytes(b"QFI\xfb" + bytes(600))
+    with pytest.raises(ImageRefused, match="damaged can't be used as an image"):
+        await host.images.import_file(ImportRequest(path=str(tmp_path / "damaged")))
 
 
 async def test_terminals_are_joined(host: AsyncHost) -> None:

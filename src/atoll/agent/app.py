@@ -17,11 +17,13 @@ from atoll import __version__
 from atoll.agent import lists, problems
 from atoll.agent.access import guard, is_admin
 from atoll.agent.bytes import byte_handlers
+from atoll.agent.connections import connection_handlers
 from atoll.agent.document import DocumentPlugin
 from atoll.agent.handlers import Agent, handler_of, principal_of
 from atoll.agent.health import health_handlers
 from atoll.agent.joining import joining_handlers
 from atoll.agent.streams import stream_handlers
+from atoll.agent.transfers import transfer_handlers
 from atoll.errors import AtollError
 from atoll.model.task import Task
 from atoll.model.vm import Event
@@ -42,8 +44,10 @@ def make_app(agent: Agent) -> Litestar:
             *_task_handlers(agent),
             *_event_handlers(agent),
             *byte_handlers(agent),
+            *transfer_handlers(agent),
             *stream_handlers(agent),
             *health_handlers(agent),
+            *connection_handlers(agent),
             *joining_handlers(agent),
         ],
         guards=[guard],

@@ -11,11 +11,11 @@ from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 
-from atoll.agent import limits, lists
+from atoll.agent import lists
 from atoll.agent.access import Access, require
 from atoll.agent.matching import insisting, tag_of
 from atoll.agent.metrics import Meter
-from atoll.agent.tasks import Tasks, Wanted
+from atoll.agent.tasks import Tasks, Wanted, Work
 from atoll.errors import InvalidInput
 from atoll.model.task import Problem, Task
 from atoll.model.vm import VmInfo
@@ -130,8 +130,7 @@ def without_secrets(value: Any) -> Any:
 def _changing(call: Call, agent: Agent) -> Any:
     async def run(request: Any, vm: str | None = None, data: Any = None, **values: Any) -> Any:
         require(request.scope["state"], routes.scope_of(call, data))
-        wait = _preferred_wait(request.headers.get("prefer", ""))
-        wanted = _wanted(call, request, vm, values, data)
+        subject = vm or next((str(each) for each in values.values()), "") or getattr(data, "name", None) or ""
 
         async def work(report: Report) -> Any:
             insisted = request.headers.get("if-match")
@@ -139,32 +138,36 @@ def _changing(call: Call, agent: Agent) -> Any:
                 agent.meter.measuring(call.name),
                 insisting(insisted, call, services=agent.host.services, vm=vm, values=values),
             ):
-                found = await perform(call, agent.host, vm=vm, values=values, data=data, report=report)
-            return msgspec.Raw(msgspec.json.encode(found))
+                return await perform(call, agent.host, vm=vm, values=values, data=data, report=report)
 
-        limits.check_tasks(agent.tasks.running(wanted.principal))
-        task = agent.tasks.begin(wanted, work)
-        if wait:
-            task = await agent.tasks.ended(task.id, principal=wanted.principal, seconds=wait)
-        return _answer(task)
+        return await as_task(agent, request, call=call.name, subject=subject, asked=[vm, dict(values), data], work=work)
 
     return run
 
 
-def _wanted(call: Call, request: Any, vm: str | None, values: Mapping[str, Any], data: Any) -> Wanted:
-    asked = msgspec.json.encode([call.name, vm, dict(values), data])
+async def as_task(agent: Agent, request: Any, *, call: str, subject: str, asked: Any, work: Work) -> Response[Any]:
+    """Do it as a task; its result, or the task if that takes longer than the client wants to wait."""
+    wait = _preferred_wait(request.headers.get("prefer", ""))
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= 200:
         raise InvalidInput("the idempotency key can't be used", "it has no or more than 200 characters")
-    subject = vm or next((str(each) for each in values.values()), "") or getattr(data, "name", None) or ""
     request.scope["state"]["subject"] = subject
-    return Wanted(
-        call=call.name,
+    wanted = Wanted(
+        call=call,
         subject=subject,
         principal=principal_of(request),
         key=key,
-        digest=hashlib.sha256(asked).hexdigest(),
+        digest=hashlib.sha256(msgspec.json.encode([call, asked])).hexdigest(),
     )
+
+    async def encoded(report: Report) -> Any:
+        return msgspec.Raw(msgspec.json.encode(await work(report)))
+
+    limits.check_tasks(agent.tasks.running(wanted.principal))
+    task = agent.tasks.begin(wanted, encoded)
+    if wait:
+        task = await agent.tasks.ended(task.id, principal=wanted.principal, seconds=wait)
+    return _answer(task)
 
 
 def principal_of(request: Any) -> str:

@@ -46,3 +46,19 @@ async def written_while_read(pieces: AsyncIterator[bytes], read: Callable[[Binar
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
+
+
+async def begun(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same pieces, the first of which is there: what can't be had is told before an answer is begun."""
+    first = await anext(pieces, None)
+
+    async def all_of_them() -> AsyncIterator[bytes]:
+        try:
+            if first is not None:
+                yield first
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]  # they are generators
+
+    return all_of_them()

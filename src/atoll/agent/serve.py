@@ -20,12 +20,14 @@ from atoll.agent.handlers import Agent
 from atoll.agent.metrics import Measured
 from atoll.agent.state import State
 from atoll.agent.supervise import supervise
+from atoll.agent.transfers import swept
 from atoll.errors import Busy
 from atoll.host import files, sockets
 from atoll.host.lease import lease
 from atoll.host.notify import notify
 from atoll.layout import Layout
 from atoll.model.names import new_id
+from atoll.operations.promises import Promises
 from atoll.platform.local import LocalHost
 from atoll.platform.wire import AGENT_HEADER
 
@@ -109,6 +111,7 @@ async def serve(
     addresses: Sequence[str] = (),
     names: Sequence[str] = (),
     rate: float = limits.RATE,
+    promises: Promises | None = None,
     ready: Callable[[list[str]], None] = lambda shown: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; what is at work then is undone. `names` are the computer's for its certificate.
@@ -119,7 +122,7 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
         stack.enter_context(traces.exported())
-        host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True))
+        host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True, promises=promises))
         state = stack.enter_context(contextlib.closing(State(layout.agent_state)))
         agent = Agent(host, Access(layout))
         agent.tasks.keep_in(state)
@@ -137,6 +140,7 @@ async def serve(
             asyncio.create_task(server.serve(sockets=[each.socket]))
             for server, each in zip(servers, listeners, strict=True)
         ]
+        await stack.enter_async_context(swept(layout))
         supervising = asyncio.create_task(supervise(host, state, tell=_log.warning))
         ready([each.shown for each in listeners])
         notify("READY=1")

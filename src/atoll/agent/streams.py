@@ -27,7 +27,7 @@ def stream_handlers(agent: Agent) -> list[WebsocketRouteHandler]:
 
     @websocket("/v1/vms/{vm:str}/exec", name="vm.exec.stream", opt={"scope": "operate"})
     async def execute(socket: Socket, vm: str) -> None:
-        await _served(socket, lambda: _execute(agent, socket, vm))
+        await served(socket, lambda: _execute(agent, socket, vm))
 
     @websocket("/v1/vms/{vm:str}/shell", name="vm.shell.stream", opt={"scope": "operate"})
     async def shell(socket: Socket, vm: str) -> None:
@@ -35,21 +35,23 @@ def stream_handlers(agent: Agent) -> list[WebsocketRouteHandler]:
             asked = await _opening(socket, ShellOpening)
             return await (await agent.host.get(vm)).shell(asked.command, user=asked.user)
 
-        await _served(socket, lambda: _join(socket, open_it))
+        await served(socket, lambda: _join(socket, open_it))
 
     @websocket("/v1/vms/{vm:str}/console", name="vm.console.stream", opt={"scope": "operate"})
     async def console(socket: Socket, vm: str) -> None:
         async def open_it() -> Terminal:
             return await (await agent.host.get(vm)).console()
 
-        await _served(socket, lambda: _join(socket, open_it))
+        await served(socket, lambda: _join(socket, open_it))
 
     return [execute, shell, console]
 
 
-async def _served(socket: Socket, serve: Callable[[], Awaitable[StreamState]]) -> None:
-    """Accept, serve, tell the end. A client that goes away ends what it had begun."""
-    await socket.accept()
+async def served(socket: Socket, serve: Callable[[], Awaitable[StreamState]], *, plain: str = "") -> None:
+    """Accept, serve, tell the end. A client that goes away ends what it had begun. With a `plain` subprotocol nothing
+    is told.
+    """
+    await socket.accept(subprotocols=plain or None)
     with contextlib.suppress(WebSocketDisconnect):
         try:
             end = await serve()
@@ -57,11 +59,12 @@ async def _served(socket: Socket, serve: Callable[[], Awaitable[StreamState]]) -
             raise
         except Exception as error:
             end = StreamState(state="ended", error=problem_of(error))
-        await _tell(socket, end)
+        if not plain:
+            await tell(socket, end)
         await socket.close()
 
 
-async def _tell(socket: Socket, state: StreamState) -> None:
+async def tell(socket: Socket, state: StreamState) -> None:
     await socket.send_data(msgspec.json.encode(state).decode(), mode="text")
 
 
@@ -134,7 +137,7 @@ async def _ended_with(
 async def _join(socket: Socket, open_it: Callable[[], Awaitable[Terminal]]) -> StreamState:
     """Both directions of a terminal, until one of them ends."""
     terminal = await open_it()
-    await _tell(socket, StreamState(state="open"))
+    await tell(socket, StreamState(state="open"))
 
     async def show() -> None:
         while data := await terminal.read():

@@ -46,6 +46,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "cp": "copy",
         "logs": "look",
         "screenshot": "look",
+        "vnc": "forward",
         "type": "look",
         "key": "look",
         "top": "top",

@@ -1,4 +1,4 @@
-"""`port add`, `port ls`, `port rm`: a guest's ports on this computer."""
+"""`port add`, `port ls`, `port rm` (and `port forward`): a guest's ports on this computer."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from atoll.cli.failures import Format
+from atoll.cli.forward import forward
 from atoll.cli.options import VM, parse_ports
 from atoll.cli.output import emit, format_option, print_table
 from atoll.errors import InvalidInput
@@ -23,6 +24,9 @@ def port_command() -> None:
     Example:
       atoll port add web 8080:80
     """
+
+
+port_command.add_command(forward)
 
 
 def _print(ports: Sequence[PortSpec], format: Format) -> None:

@@ -34,6 +34,13 @@ from atoll.cli.failures import note
     show_default=True,
     help="json: each entry is a line of JSON, and each task has one.",
 )
+@click.option(
+    "--memory-overcommit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="RATIO",
+    help="Start no VM that would make the memory of all more than so many times the computer's. No limit by default.",
+)
+@click.option("--memory-reserve", default="0", metavar="SIZE", help="What of its memory the computer has for itself.")
 @click.option("--install", is_flag=True, help="Write systemd units that serve from now on, with the other options.")
 @click.option("--uninstall", is_flag=True, help="Remove those units.")
 @click.option("--user", is_flag=True, help="With --install and --uninstall: root's own systemd, not the system's.")
@@ -44,6 +51,8 @@ def serve_command(
     name: tuple[str, ...],
     rate: float,
     log_format: Literal["text", "json"],
+    memory_overcommit: float | None,
+    memory_reserve: str,
     install: bool,
     uninstall: bool,
     user: bool,
@@ -58,6 +67,7 @@ def serve_command(
     Examples:
       atoll serve
       atoll serve --install
+      atoll serve --memory-overcommit 1.5 --memory-reserve 2GiB
       atoll serve --listen :8443 --name vms.example.org
       curl --unix-socket ~/.local/share/atoll/run/agent.sock http://atoll/v1/vms
     """
@@ -79,4 +89,10 @@ def serve_command(
         for each in reversed(shown):
             tell(f"listening on {each}")
 
-    asyncio.run(serve(layout.find(), addresses=listen, names=name, rate=rate, ready=ready))
+    limit = None
+    if memory_overcommit is not None:
+        from atoll.model.units import parse_size
+        from atoll.operations.promises import Promises
+
+        limit = Promises(overcommit=memory_overcommit, reserve=parse_size(memory_reserve))
+    asyncio.run(serve(layout.find(), addresses=listen, names=name, rate=rate, promises=limit, ready=ready))

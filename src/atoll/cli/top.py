@@ -28,9 +28,10 @@ Reading = tuple["AsyncVm", Stats]
 @click.argument("vms", nargs=-1, type=VM, metavar="[VM]...")
 @click.option("--once", is_flag=True, help="One reading, then end.")
 @click.option("--cards", is_flag=True, help="What passes through each network card, a row each.")
+@click.option("--host", "of_host", is_flag=True, help="The computer's memory: promised, used, shared, saved.")
 @click.option("--interval", type=DURATION, default="2s", help="Time between readings (default: 2s).")
 @format_option
-def top_command(vms: tuple[str, ...], once: bool, cards: bool, interval: float, format: Format) -> None:
+def top_command(vms: tuple[str, ...], once: bool, cards: bool, of_host: bool, interval: float, format: Format) -> None:
     """Show what running VMs use: CPU, memory, disk and network. JSON is one reading of one VM a line.
 
     \b
@@ -38,6 +39,7 @@ def top_command(vms: tuple[str, ...], once: bool, cards: bool, interval: float, 
       atoll top
       atoll top --once web
       atoll top --cards
+      atoll top --host --once
       atoll top --format json --interval 10s
     """
     from atoll.cli.session import perform
@@ -45,7 +47,13 @@ def top_command(vms: tuple[str, ...], once: bool, cards: bool, interval: float, 
     if interval <= 0:
         raise InvalidInput("the interval has to be longer than nothing", next_step="Write it like --interval 2s.")
 
+    if of_host and (vms or cards):
+        raise InvalidInput("--host is about all VMs together", next_step="Leave the names and --cards away.")
+
     async def action(host: "AsyncHost") -> None:
+        if of_host:
+            await _watch_host(host, once=once, interval=interval, format=format)
+            return
         if format == "table":
             await _watch(host, vms, once=once, cards=cards, interval=interval)
             return
@@ -94,6 +102,23 @@ async def _watch(host: "AsyncHost", references: Sequence[str], *, once: bool, ca
         if once:
             return
         before = {vm.id: stats for vm, stats in readings}
+        await asyncio.sleep(interval)
+
+
+async def _watch_host(host: "AsyncHost", *, once: bool, interval: float, format: Format) -> None:
+    while True:
+        now = await host.memory()
+        if format == "table":
+            headers = ("VMS", "PROMISED", "USED", "SHARED", "SAVED", "AVAILABLE", "OF")
+            sizes = (now.promised, now.used, now.shared, now.saved, now.available, now.total)
+            lines = table_lines(headers, [(str(now.vms), *map(format_size, sizes))], terminal_width())
+            screen = not once and sys.stdout.isatty()
+            click.echo((_HOME_AND_CLEAR if screen else "") + "\n".join(lines))
+            sys.stdout.flush()
+        else:
+            emit_line(now) if format == "json" else emit(now, format)
+        if once:
+            return
         await asyncio.sleep(interval)
 
 

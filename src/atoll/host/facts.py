@@ -11,8 +11,9 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
-from atoll.errors import from_os_error
+from atoll.errors import StorageFailed, from_os_error
 from atoll.model.spec import Arch
+from atoll.model.units import format_size
 
 PROC = Path("/proc")
 KVM = Path("/dev/kvm")
@@ -184,6 +185,27 @@ def free_disk(path: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
+def check_room(path: Path, size: int, *, what: str) -> None:
+    """Raises `StorageFailed` when so many bytes don't fit below `path`."""
+    free = free_disk(path)
+    if size > free:
+        raise StorageFailed(
+            f"{what} doesn't fit on the disk",
+            f"it has {format_size(size)}, and {format_size(free)} are free",
+            "Free some space (`atoll image prune`), then try again.",
+        )
+
+
+def waits_to_be_accepted(port: int) -> bool:
+    """Whether a connection to a TCP port of this computer's (IPv4) is established, but not taken by its program yet."""
+    listening, local = "0A", f":{port:04X}"
+    for line in (PROC / "net/tcp").read_text().splitlines()[1:]:
+        _, address, _, state, queues = line.split()[:5]
+        if state == listening and address.endswith(local):
+            return int(queues.partition(":")[2], 16) > 0
+    return False
+
+
 def kvm_state() -> KvmState:
     """Whether /dev/kvm can be opened. That doesn't prove that guests run: see `accelerator.py`."""
     try:
@@ -208,14 +230,31 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def memory_private(pid: int) -> int:
-    """Bytes of memory that a process shares with nobody (`smaps_rollup`). Raises `StorageFailed` when it is gone."""
+class MemoryShare(Struct, frozen=True, kw_only=True):
+    """A process's memory; bytes."""
+
+    resident: int
+    proportional: int
+    """Of pages that several processes have its part only."""
+    private: int
+    """What it shares with nobody."""
+
+
+def memory_share(pid: int) -> MemoryShare:
+    """From `smaps_rollup`. Raises `StorageFailed` when it is gone."""
     path = PROC / f"{pid}/smaps_rollup"
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().splitlines()[1:]
     except OSError as error:
         raise from_os_error(error, f"read {path}") from error
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+    found = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    private = found["Private_Clean"] + found["Private_Dirty"]
+    return MemoryShare(resident=found["Rss"], proportional=found["Pss"], private=private)
+
+
+def memory_private(pid: int) -> int:
+    """Bytes of memory that a process shares with nobody. Raises `StorageFailed` when it is gone."""
+    return memory_share(pid).private
 
 
 def threads_by_own_number(pid: int) -> dict[int, int]:

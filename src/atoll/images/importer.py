@@ -45,7 +45,7 @@ async def import_file(request: ImportRequest, *, folder: Path, report: Report) -
     """
     path = Path(request.path)
     name = check_image_name(request.name or name_from(path.name))
-    with opened(path) as source:
+    with opened(path, called=request.source) as source:
         found = inspect(source, request.format)
         arch = _arch(request, found)
         firmwares = _firmwares(found.format, arch)
@@ -61,7 +61,7 @@ async def import_file(request: ImportRequest, *, folder: Path, report: Report) -
         name=name,
         arch=arch,
         created_at=time.time(),
-        source=shown(path.absolute()),
+        source=shown(request.source or path.absolute()),
         sha256=content.sha256,
         disks=content.disks,
         firmware=request.firmware or firmwares[0],

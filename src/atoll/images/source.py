@@ -93,12 +93,12 @@ _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[SourceFile]:
-    """Open a regular file for reading, without ever waiting (a pipe would).
+def opened(path: Path, *, called: str | None = None) -> Iterator[SourceFile]:
+    """Open a regular file for reading, without ever waiting (a pipe would). Errors name it as it is `called`.
 
     Raises `ImageRefused` for what isn't there, isn't a regular file or is empty, `StorageFailed` when it can't be read.
     """
-    name = shown(path)
+    name = shown(called or path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:

@@ -203,6 +203,8 @@ class ImportRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A file that becomes an image."""
 
     path: str
+    source: str | None = None
+    """What to call it, where its path isn't what people know."""
     name: str | None = None
     """The file's own stem when None."""
     format: Literal["qcow2", "raw", "vmdk", "vdi", "vpc", "vhdx", "iso", "floppy", "kernel"] | None = None

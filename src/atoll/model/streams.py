@@ -6,6 +6,10 @@
     console    client: what is typed at once
                server: a `StreamState` when it is open, the bytes of the terminal, then a `StreamState`
 
+    connect    both: bytes; an empty message says that no more will come from there
+    vnc        server: a `StreamState` when it is open, and one at the end. Who asks for the subprotocol `binary`, as
+               VNC viewers in browsers do, gets bytes only
+
 Bytes travel in binary messages, the rest is JSON in text messages.
 """
 

@@ -162,6 +162,24 @@ class Stats(Struct, frozen=True, kw_only=True):
     """Those on networks as this computer counts them, those of user-mode networks as the guest's agent does."""
 
 
+class HostMemory(Struct, frozen=True, kw_only=True):
+    """The computer's memory, and what its running VMs make of it; bytes."""
+
+    total: int
+    available: int
+    """What new programs can take."""
+    vms: int
+    """How many run."""
+    promised: int
+    """What they may take together."""
+    used: int
+    """What they have mapped; what several have is counted once."""
+    shared: int
+    """The part of it that several have mapped: memory of forks that none has written to yet, QEMU's own program."""
+    saved: int
+    """What those that run would take besides if each had its own of what they share."""
+
+
 class Event(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Something that happened: an operation's end, or a change of phase."""
 

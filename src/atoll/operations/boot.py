@@ -78,8 +78,18 @@ async def make_plan(
 async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, incoming: Incoming | None = None) -> Run:
     """Start a QEMU for the VM; with `incoming` it has that memory and stands still.
 
-    Raises `EngineFailed`, `AlreadyExists` (a port). A QEMU that fails after its start is there still: `kill_strays`.
+    Raises `EngineFailed`, `AlreadyExists` (a port), `Busy` (more memory than may be promised). A QEMU that fails after
+    its start is there still: `kill_strays`.
     """
+    if services.promises is None:
+        return await _boot(services, vm, spec, report=report, incoming=incoming)
+    with services.promises.given(vm, spec.memory, services.records.vms()) as started:
+        run = await _boot(services, vm, spec, report=report, incoming=incoming)
+        started.append(run)
+        return run
+
+
+async def _boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, incoming: Incoming | None) -> Run:
     steps, accelerator = await make_plan(services, vm, spec, incoming=incoming)
     paths = services.layout.vm(vm.id)
     _prepare(paths, steps)

@@ -11,6 +11,7 @@ from msgspec import Struct
 from atoll.model.names import SHORT_ID
 from atoll.model.spec import VmSpec
 from atoll.operations.services import Services
+from atoll.operations.transfers import is_awaited
 
 UNFINISHED_MEMORY = "memory-"
 """How the name of memory begins that is being written; the rest is the id that it will have."""
@@ -100,7 +101,7 @@ def collect(
         unneeded = [path for path in unneeded if path.parent != layout.layers]
     kept = needed_templates(services) if templates else wanted.memory
     unneeded += [path for path in mapped if path.stem not in kept]
-    unneeded += _unfinished_by_nobody(services, unfinished)
+    unneeded += _unfinished_by_nobody(services, unfinished, pruning=templates)
     found: dict[str, int] = {}
     for path in unneeded:
         name = _name(services, path)
@@ -138,14 +139,17 @@ def needed_templates(services: Services) -> set[str]:
     return volatile | starting | _being_written(services)
 
 
-def _unfinished_by_nobody(services: Services, there: list[Path]) -> list[Path]:
-    """Those temporary files and folders that no unfinished operation will come back to."""
+def _unfinished_by_nobody(services: Services, there: list[Path], *, pruning: bool) -> list[Path]:
+    """Those temporary files and folders that no unfinished operation will come back to, and no transfer."""
     operations = services.records.operations(unfinished=True)
     wanted = {operation.subject for operation in operations} | {o.request.get("id") for o in operations}
     return [
         path
         for path in there
-        if path.name not in wanted and path.name.partition("-")[2] not in wanted and os.path.lexists(path)
+        if path.name not in wanted
+        and path.name.partition("-")[2] not in wanted
+        and os.path.lexists(path)
+        and not is_awaited(path, pruning=pruning)
     ]
 
 

@@ -23,14 +23,13 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.errors import AlreadyExists, InvalidInput, NotFound, StorageFailed, from_os_error
+from atoll.errors import AlreadyExists, InvalidInput, NotFound, from_os_error
 from atoll.host import facts, files
 from atoll.images.source import in_thread, progress_teller, shown
 from atoll.model.bundle import Manifest
 from atoll.model.image import Layer
 from atoll.model.names import SHORT_ID, check_vm_name, new_id
 from atoll.model.snapshot import Snapshot
-from atoll.model.units import format_size
 from atoll.model.vm import Vm
 from atoll.operations import bundle_read, create, networks
 from atoll.operations.adopt import Outside, adopt, agree, check_layer, discard
@@ -121,7 +120,7 @@ async def _receive(context: Context[ImportBundleRequest]) -> None:
     wanted = _wanted(manifest, here)
     _check_blobs(services, manifest)
     coming = [member for member in members(manifest) if member.kind != "layer" or member.id in wanted]
-    _check_room(folder, sum(member.size for member in coming))
+    facts.check_room(folder, sum(member.size for member in coming), what="the bundle")
     tell = progress_teller(context.report, step="receive", total=sum(member.size for member in members(manifest)))
 
     def receive(look: Any) -> None:
@@ -162,16 +161,6 @@ def _without_base(manifest: Manifest, what: str) -> NotFound:
         f"{what} is missing",
         "Import that first, or export this one without --base.",
     )
-
-
-def _check_room(folder: Path, size: int) -> None:
-    free = facts.free_disk(folder)
-    if size > free:
-        raise StorageFailed(
-            "the bundle doesn't fit on the disk",
-            f"it has {format_size(size)}, and {format_size(free)} are free",
-            "Free some space (`atoll image prune`), then try again.",
-        )
 
 
 class Placed(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

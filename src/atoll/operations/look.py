@@ -33,7 +33,8 @@ def observing(services: Services, vm: Vm) -> Monitor:
     return Monitor(connect(services.layout.vm(vm.id).socket("observe")))
 
 
-def _require_display(vm: Vm) -> None:
+def require_display(vm: Vm) -> None:
+    """Raises `Unsupported`."""
     if vm.spec.display == "none":
         raise Unsupported(
             f"{vm.name}: it has no display",
@@ -43,7 +44,7 @@ def _require_display(vm: Vm) -> None:
 
 async def screenshot(vm: Vm, *, services: Services) -> bytes:
     """A PNG of the screen. Raises `Unsupported` without a display, `WrongState` when it is stopped."""
-    _require_display(vm)
+    require_display(vm)
     memory = os.memfd_create("screenshot", os.MFD_CLOEXEC)
     try:
         # QEMU wants a descriptor of the very mode it would open with: write-only.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from atoll.model.launch import Capabilities
     from atoll.model.spec import AcceleratorChoice, Arch
+    from atoll.operations.promises import Promises
 
 Report = Callable[[Progress], None]
 LOCK_TIMEOUT = 120.0
@@ -35,6 +36,8 @@ class Services:
         """`ends_noticed`: something else in this process records the ends of QEMUs, so followers of events needn't."""
         self.layout = layout or layouts.find()
         self.ends_noticed = ends_noticed
+        self.promises: Promises | None = None
+        """The limit of the memory that VMs may be promised, if there is one."""
         self._later: set[asyncio.Task[None]] = set()
         self.bridges_left: set[str] = set()
         """Networks of mode bridge with rules for cables of VMs that have ended by themselves."""
@@ -64,7 +67,7 @@ class Services:
 
     def find_vm(self, reference: str) -> Vm:
         """By name, id, or unique prefix of either. Raises `NotFound`."""
-        return names.find(reference, self.records.vms(), "VM")
+        return self.records.called(reference) or names.find(reference, self.records.vms(), "VM")
 
     def vm(self, vm_id: str) -> Vm:
         """The record as it is now. Raises `NotFound` when it was removed meanwhile."""

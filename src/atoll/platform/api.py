@@ -32,7 +32,19 @@ from atoll.model.requests import (
 )
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
-from atoll.model.vm import Change, Event, ExecRequest, ExecResult, PoolInfo, ShareInfo, Stats, Stopped, Vm, VmInfo
+from atoll.model.vm import (
+    Change,
+    Event,
+    ExecRequest,
+    ExecResult,
+    HostMemory,
+    PoolInfo,
+    ShareInfo,
+    Stats,
+    Stopped,
+    Vm,
+    VmInfo,
+)
 from atoll.platform.copies import AsyncCopies
 
 Report = Callable[[Progress], None]
@@ -54,6 +66,20 @@ class Terminal(Protocol):
 
     async def close(self) -> None:
         """Detach. A shell gets a hang-up; a serial line goes on."""
+
+
+class Connection(Protocol):
+    """A two-way byte stream to something of a VM's."""
+
+    async def read(self) -> bytes:
+        """The next bytes, or `b""` when the other side has ended."""
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def end(self) -> None:
+        """Nothing more will be written; what comes can still be read."""
+
+    async def close(self) -> None: ...
 
 
 class AsyncVm(Protocol):
@@ -124,6 +150,15 @@ class AsyncVm(Protocol):
 
     async def console(self) -> Terminal:
         """The guest's serial line."""
+
+    async def connect(self, port: int) -> Connection:
+        """A TCP connection to a port of the guest, published or not.
+
+        Raises `WrongState` unless it runs, `Unsupported` without a network that leads to it, `NetworkFailed`.
+        """
+
+    async def vnc(self) -> Connection:
+        """Its display, as VNC viewers speak it (RFB). Raises `Unsupported` without one."""
 
     async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
         """A file or folder into the guest, modes kept; as `cp -a`: into a folder that exists, else under that name."""
@@ -421,6 +456,9 @@ class AsyncHost(Protocol):
 
     async def ls(self) -> list[VmInfo]:
         """All VMs, with their phases as they are now."""
+
+    async def memory(self) -> HostMemory:
+        """The computer's memory: what running VMs were promised, have taken, share and save."""
 
     async def get(self, reference: str) -> AsyncVm:
         """The VM with that name, id, or unique prefix of either. Raises `NotFound`."""

@@ -30,6 +30,7 @@ from atoll.platform.api import (
     AsyncVm,
     BundleFile,
     ByteSink,
+    Connection,
     Report,
     Terminal,
 )
@@ -161,6 +162,21 @@ class BlockingTerminal(_Handle[Terminal]):
         self.close()
 
 
+class BlockingConnection(_Handle[Connection]):
+    """A two-way byte stream. As a context manager it is closed at the end."""
+
+    read = _blocking(Connection.read)
+    write = _blocking(Connection.write)
+    end = _blocking(Connection.end)
+    close = _blocking(Connection.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 class Vm(_Handle[AsyncVm]):
     """A handle to one VM; see `platform/api.py`. It follows the VM by id, so it survives a rename."""
 
@@ -247,6 +263,14 @@ class Vm(_Handle[AsyncVm]):
     def console(self) -> BlockingTerminal:
         """The guest's serial line."""
         return BlockingTerminal(self._calls.wait_for(self._inner.console), self._calls)
+
+    def connect(self, port: int) -> BlockingConnection:
+        """A TCP connection to a port of the guest, published or not."""
+        return BlockingConnection(self._calls.wait_for(lambda: self._inner.connect(port)), self._calls)
+
+    def vnc(self) -> BlockingConnection:
+        """Its display, as VNC viewers speak it (RFB)."""
+        return BlockingConnection(self._calls.wait_for(self._inner.vnc), self._calls)
 
 
 async def _in_pieces(source: Iterable[bytes]) -> AsyncIterator[bytes]:
@@ -384,6 +408,7 @@ class Host(_Handle[AsyncHost]):
 
     ls = _blocking(AsyncHost.ls)
     stop_all = _blocking(AsyncHost.stop_all)
+    memory = _blocking(AsyncHost.memory)
     prune = _blocking(AsyncHost.prune)
     fsck = _blocking(AsyncHost.fsck)
     diff = _blocking(AsyncHost.diff)
@@ -432,4 +457,15 @@ class Host(_Handle[AsyncHost]):
         return self._inner.notices()
 
 
-__all__ = ["Backups", "BlockingTerminal", "Groups", "Host", "Images", "Networks", "Operations", "Pools", "Vm"]
+__all__ = [
+    "Backups",
+    "BlockingConnection",
+    "BlockingTerminal",
+    "Groups",
+    "Host",
+    "Images",
+    "Networks",
+    "Operations",
+    "Pools",
+    "Vm",
+]

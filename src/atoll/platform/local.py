@@ -10,7 +10,7 @@ from atoll.model.audit import AuditEntry
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.requests import CreateRequest
-from atoll.model.vm import Event, Stopped, VmInfo
+from atoll.model.vm import Event, HostMemory, Stopped, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import BundleFile, Report
 from atoll.platform.copies import AsyncCopies
@@ -21,6 +21,7 @@ from atoll.platform.local_vm import LocalVm
 
 if TYPE_CHECKING:
     from atoll.host.checks import Check
+    from atoll.operations.promises import Promises
 
 # Operations are imported where they are used: `atoll ls` shall not pay for QMP, HTTP or asyncio.
 
@@ -77,8 +78,12 @@ async def _settle(services: Services) -> list[str]:
 class LocalHost:
     """This computer. An async context manager; opening it settles what killed commands have left."""
 
-    def __init__(self, layout: Layout | None = None, *, ends_noticed: bool = False) -> None:
+    def __init__(
+        self, layout: Layout | None = None, *, ends_noticed: bool = False, promises: "Promises | None" = None
+    ) -> None:
+        """`promises` limits the memory of the VMs that are started through it."""
         self._services = Services(layout, ends_noticed=ends_noticed)
+        self._services.promises = promises
         self._notices: list[str] = []
 
     @property
@@ -130,6 +135,11 @@ class LocalHost:
         from atoll.operations import observe
 
         return observe.list_vms(self._services)
+
+    async def memory(self) -> HostMemory:
+        from atoll.operations.host_memory import host_memory
+
+        return host_memory(self._services)
 
     async def get(self, reference: str) -> LocalVm:
         return LocalVm(self._services, self._services.find_vm(reference))

@@ -26,7 +26,7 @@ from atoll.model.spec import DiskSpec, NicSpec, PortSpec
 from atoll.model.state import require
 from atoll.model.vm import Change, ExecRequest, ExecResult, ShareInfo, Stats, Vm, VmInfo
 from atoll.operations.services import Services
-from atoll.platform.api import AsyncVm, BundleFile, ByteSink, Drain, Report, Terminal
+from atoll.platform.api import AsyncVm, BundleFile, ByteSink, Connection, Drain, Report, Terminal
 from atoll.platform.copies import AsyncCopies
 
 if TYPE_CHECKING:
@@ -203,6 +203,16 @@ class LocalVm:
         vm = self._record()
         require(vm.name, observe.phase_of(self._services, vm), "console")
         return await open_console(self._services.layout.vm(vm.id), vm.name)
+
+    async def connect(self, port: int) -> Connection:
+        from atoll.operations.reach import open_port
+
+        return await open_port(self._record(), port, services=self._services)
+
+    async def vnc(self) -> Connection:
+        from atoll.operations.reach import open_display
+
+        return await open_display(self._record(), services=self._services)
 
     async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
         from atoll.operations.guest_copy import copy_to

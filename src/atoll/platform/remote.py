@@ -11,12 +11,14 @@ import msgspec
 from atoll.errors import Unsupported
 from atoll.model import names
 from atoll.model.audit import AuditEntry
-from atoll.model.requests import CaptureRequest, CreateRequest
+from atoll.model.image import Image
+from atoll.model.requests import CaptureRequest, CreateRequest, ImportRequest
 from atoll.model.streams import ShellOpening
+from atoll.model.transfer import BundleRequest
 from atoll.model.vm import Event, ExecRequest, ExecResult, VmInfo
 from atoll.operations.guest_copy import Execute, copy_from, copy_to
 from atoll.operations.resolve import as_request
-from atoll.platform import remote_streams, routes
+from atoll.platform import remote_streams, remote_transfers, routes
 from atoll.platform.api import (
     AsyncBackups,
     AsyncGroups,
@@ -28,12 +30,13 @@ from atoll.platform.api import (
     AsyncVm,
     BundleFile,
     ByteSink,
+    Connection,
     Drain,
     Report,
     Terminal,
 )
 from atoll.platform.copies import AsyncCopies
-from atoll.platform.remote_bundles import download, upload
+from atoll.platform.remote_bundles import export, import_bundle
 from atoll.platform.wire import Place, Wire, decoded
 
 P = ParamSpec("P")
@@ -173,6 +176,12 @@ class RemoteVm(Part):
     async def console(self) -> Terminal:
         return await remote_streams.open_console(self._wire, self._id)
 
+    async def connect(self, port: int) -> Connection:
+        return await remote_streams.open_connection(self._wire, f"/vms/{self._id}/connect/{port}")
+
+    async def vnc(self) -> Connection:
+        return await remote_streams.open_connection(self._wire, f"/vms/{self._id}/vnc")
+
     async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
         await copy_to(self._execute, self._name, source, destination, report=report)
 
@@ -204,7 +213,8 @@ class RemoteVm(Part):
         report: Report | None = None,
     ) -> None:
         source = self._id if snapshot is None else f"{self._id}@{snapshot}"
-        await download(self._wire, path, {"source": source, "base": base, "disk_only": disk_only}, report=report)
+        request = BundleRequest(source=source, base=base, disk_only=disk_only)
+        await export(self._wire, path, request, report=report)
 
     @property
     def _path(self) -> str:
@@ -221,7 +231,10 @@ class RemoteImages(Part):
     catalogue = _there(AsyncImages.catalogue)
     build = _there(AsyncImages.build)
     pull = _there(AsyncImages.pull)
-    import_file = _there(AsyncImages.import_file)
+
+    async def import_file(self, request: ImportRequest, *, report: Report | None = None) -> Image:
+        return await remote_transfers.import_image(self._wire, request, report=report)
+
     tag = _there(AsyncImages.tag)
     prune = _there(AsyncImages.prune)
 
@@ -330,6 +343,7 @@ class RemoteHost(Part):
         return []
 
     ls = _there(AsyncHost.ls)
+    memory = _there(AsyncHost.memory)
     clone = _there(AsyncHost.clone)
     fork = _there(AsyncHost.fork)
     diff = _there(AsyncHost.diff)
@@ -365,12 +379,13 @@ class RemoteHost(Part):
         disk_only: bool = False,
         report: Report | None = None,
     ) -> None:
-        await download(self._wire, path, {"source": source, "base": base, "disk_only": disk_only}, report=report)
+        request = BundleRequest(source=source, base=base, disk_only=disk_only)
+        await export(self._wire, path, request, report=report)
 
     async def import_bundle(
         self, path: BundleFile, name: str | None = None, *, report: Report | None = None
     ) -> RemoteVm:
-        return RemoteVm(self._wire, await upload(self._wire, path, name, report=report))
+        return RemoteVm(self._wire, await import_bundle(self._wire, path, name, report=report))
 
     async def events(self, *, follow: bool = True, after: int | None = None) -> AsyncIterator[Event]:
         if follow:

@@ -136,6 +136,56 @@ async def open_console(wire: Wire, vm_id: str) -> RemoteTerminal:
     return await _opened(wire, await open_socket(wire, f"/vms/{quote(vm_id, safe='')}/console"))
 
 
+class RemoteConnection:
+    """A byte stream to something over there (`platform.api.Connection`)."""
+
+    def __init__(self, wire: Wire, socket: ClientConnection) -> None:
+        self._wire = wire
+        self._socket = socket
+        self._ended = False
+
+    async def read(self) -> bytes:
+        if self._ended:
+            return b""
+        try:
+            message = await self._socket.recv()
+        except ConnectionClosed as error:
+            raise _lost(self._wire, error) from error
+        if isinstance(message, str):
+            _end(message)
+            message = b""
+        self._ended = not message
+        return message
+
+    async def write(self, data: bytes) -> None:
+        # An empty message would say that nothing more comes.
+        if data:
+            await self._send(data)
+
+    async def _send(self, data: bytes) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            await self._socket.send(data)
+
+    async def end(self) -> None:
+        await self._send(b"")
+
+    async def close(self) -> None:
+        await self._socket.close()
+
+
+async def open_connection(wire: Wire, path: str) -> RemoteConnection:
+    """It, once it is open over there. Raises why it can't be."""
+    socket = await open_socket(wire, path)
+    try:
+        _end(str(await socket.recv()))
+    except ConnectionClosed as error:
+        raise _lost(wire, error) from error
+    except BaseException:
+        await socket.close()
+        raise
+    return RemoteConnection(wire, socket)
+
+
 async def _opened(wire: Wire, socket: ClientConnection) -> RemoteTerminal:
     """The terminal, once it is open over there. Raises why it can't be."""
     terminal = RemoteTerminal(wire, socket)

@@ -81,6 +81,7 @@ _networks, _groups, _backups = api.AsyncNetworks, api.AsyncGroups, api.AsyncBack
 
 CALLS = (
     Call("GET", "/vms", _host.ls, "read"),
+    Call("GET", "/memory", _host.memory, "read"),
     Call("POST", "/vms", _create, "operate"),
     Call("POST", "/clone", _host.clone, "operate"),
     Call("POST", "/fork", _host.fork, "operate"),
@@ -132,7 +133,6 @@ CALLS = (
     Call("GET", "/catalogue", _images.catalogue, "read"),
     Call("POST", "/images/build", _images.build, "operate"),
     Call("POST", "/images/pull", _images.pull, "operate"),
-    Call("POST", "/images/import", _images.import_file, "admin"),
     Call("POST", "/images/tag", _images.tag, "operate"),
     Call("POST", "/images/prune", _images.prune, "admin"),
     Call("GET", "/operations", _operations.ls, "read"),

@@ -25,6 +25,8 @@ from atoll.platform.routes import Call
 WAIT = 60
 """Seconds that a request may wait for the end of a call before it asks again."""
 CANCEL_TIMEOUT = 120.0
+LONG = 64 << 10
+"""Bytes of an answer that is worth keeping."""
 AGENT_HEADER = b"atoll-agent"
 """Names the process that answers."""
 ATTEMPTS = 5
@@ -64,6 +66,8 @@ class Wire:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self._known: dict[str, tuple[str, list[Any]]] = {}
+        """The last long list, with its tag."""
         self._held = contextlib.ExitStack()
         # The address of a socket is short, its path may not be.
         self.socket = self._held.enter_context(address_of(Path(place.socket))) if place.socket is not None else None
@@ -129,20 +133,49 @@ class Wire:
         """Do what a method of the façade does, over there. Cancelling it cancels it there, and waits for the undo."""
         path, query, content = _asked(call, receiver, given)
         if not call.changes:
-            return await persistently(lambda: self.get(path, routes.result(call), query=query))
+            return await persistently(lambda: self._read(path, routes.result(call), query=query))
+        return await self.change(call.http, path, query=query, content=content, kind=routes.result(call), report=report)
+
+    async def _read(self, path: str, kind: Any, *, query: Mapping[str, Any]) -> Any:
+        """As `get`; a long list that is the same as the last time (`ETag`) isn't sent and decoded again."""
+        known = self._known.get(path) if not query else None
+        headers = {"If-None-Match": known[0]} if known is not None else {}
+        async with self.request("GET", path, query=query, headers=headers) as response:
+            body = await response.aread()
+        if known is not None and response.status == 304:
+            return list(known[1])
+        found = decoded(body, kind)
+        tag = dict(response.headers).get(b"etag", b"").decode()
+        if not query and tag and len(body) > LONG and isinstance(found, list):
+            self._known.clear()
+            self._known[path] = tag, list(found)
+        return found
+
+    async def change(
+        self,
+        http: str,
+        path: str,
+        *,
+        kind: Any,
+        query: Mapping[str, Any] | None = None,
+        content: bytes | None = None,
+        report: Report | None = None,
+    ) -> Any:
+        """A request that is a task over there: its result, as `kind`."""
         key = uuid.uuid4().hex
         try:
-            return await self._change(call, path, query=query, content=content, key=key, report=report)
+            return await self._change(http, path, kind=kind, query=query, content=content, key=key, report=report)
         except asyncio.CancelledError:
             await asyncio.shield(self._cancel(key))
             raise
 
     async def _change(
         self,
-        call: Call,
+        http: str,
         path: str,
         *,
-        query: Mapping[str, Any],
+        kind: Any,
+        query: Mapping[str, Any] | None,
         content: bytes | None,
         key: str,
         report: Report | None,
@@ -151,9 +184,9 @@ class Wire:
         headers = {"Idempotency-Key": key, "Prefer": prefer}
 
         async def send() -> Any:
-            async with self.request(call.http, path, query=query, content=content, headers=headers) as response:
+            async with self.request(http, path, query=query, content=content, headers=headers) as response:
                 said = await response.aread()
-            return decoded(said, Task if response.status == 202 else routes.result(call))
+            return decoded(said, Task if response.status == 202 else kind)
 
         task = await self._begun(send, key)
         if not isinstance(task, Task):
@@ -163,7 +196,7 @@ class Wire:
             raise _forgotten(self.place)
         if task.error is not None:
             raise error_of(task.error)
-        return lenient.convert(task.result, routes.result(call))
+        return lenient.convert(task.result, kind)
 
     async def _begun(self, send: Callable[[], Awaitable[Any]], key: str) -> Any:
         """What `send` gives. Where the connection is lost meanwhile, the task that it began, or what it gives anew."""

@@ -58,6 +58,9 @@ class Records(Protocol):
 
     def vm(self, vm_id: str) -> Vm | None: ...
 
+    def called(self, reference: str) -> Vm | None:
+        """The one with exactly this name, else with this id."""
+
     def throwaways(self) -> list[Vm]:
         """VMs that are removed once they have stopped."""
 

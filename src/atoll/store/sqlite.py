@@ -22,6 +22,7 @@ from atoll.model.snapshot import Snapshot
 from atoll.model.vm import Event, Vm
 from atoll.store import examine, history, image_names, networks
 from atoll.store.database import Database
+from atoll.store.decoded import DecodedVms
 from atoll.store.failures import told
 from atoll.store.records import Flaw, Readable
 
@@ -48,6 +49,7 @@ class SqliteRecords:
         self._wake = wake
         self._db = Database(path, reserve=reserve)
         self._transaction, self._rows = self._db.transaction, self._db.rows
+        self._vms = DecodedVms(self._db)
 
     def close(self) -> None:
         self._db.connection.close()
@@ -56,11 +58,17 @@ class SqliteRecords:
 
     def vms(self) -> list[Vm]:
         with told(self._path):
-            return [_vm.decode(row[0]) for row in self._rows("SELECT record FROM vms ORDER BY created_at, id")]
+            return self._vms.all()
 
     def vm(self, vm_id: str) -> Vm | None:
         with told(self._path):
             rows = self._rows("SELECT record FROM vms WHERE id = ?", vm_id)
+            return _vm.decode(rows[0][0]) if rows else None
+
+    def called(self, reference: str) -> Vm | None:
+        with told(self._path):
+            query = "SELECT record FROM vms WHERE name = ? OR id = ? ORDER BY name = ? DESC LIMIT 1"
+            rows = self._rows(query, reference, reference, reference)
             return _vm.decode(rows[0][0]) if rows else None
 
     def throwaways(self) -> list[Vm]:

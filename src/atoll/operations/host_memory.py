@@ -1,0 +1,29 @@
+"""What the computer's memory is promised to, and what became of the promises."""
+
+import contextlib
+
+from atoll.errors import StorageFailed
+from atoll.host import facts
+from atoll.model.vm import HostMemory
+from atoll.operations.services import Services
+
+
+def host_memory(services: Services) -> HostMemory:
+    """A reading of now."""
+    computer = facts.memory()
+    running = [vm for vm in services.records.vms() if vm.run is not None and facts.is_alive(vm.run)]
+    shares = []
+    for vm in running:
+        assert vm.run is not None
+        with contextlib.suppress(StorageFailed):  # It ended just now.
+            shares.append(facts.memory_share(vm.run.pid))
+    used = sum(each.proportional for each in shares)
+    return HostMemory(
+        total=computer.total,
+        available=computer.available,
+        vms=len(running),
+        promised=sum(vm.spec.memory for vm in running),
+        used=used,
+        shared=used - sum(each.private for each in shares),
+        saved=sum(each.resident for each in shares) - used,
+    )
