@@ -231,3 +231,13 @@ async def test_events_are_followed(host: AsyncHost) -> None:
     assert event.name == "web"
     past = [each async for each in host.events(follow=False, after=event.id - 1)]
     assert past[0] == event
+
+
+async def test_all_are_stopped(host: AsyncHost) -> None:
+    await host.run("tiny", name="db", memory="96MiB", boot_order=1)
+    await host.run("tiny", name="web", memory="96MiB", boot_order=2, restart="always")
+    done = await host.stop_all(timeout=60)
+    assert [(each.name, each.outcome) for each in done] == [("web", "stopped"), ("db", "stopped")]
+    assert {each.phase for each in await host.ls()} == {Phase.STOPPED}
+    changes = await (await host.get("web")).set(SetRequest(restart="never", autostart=True))
+    assert [(each.name, each.value) for each in changes] == [("restart", "never"), ("autostart", "true")]
