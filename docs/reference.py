@@ -73,7 +73,7 @@ def _operation(http: str, path: str, operation: Json, scope: str) -> Iterator[st
     if (body := operation.get("requestBody")) is not None:
         ((media, content),) = body["content"].items()
         yield f"- body: {_kind(content['schema']) if media == 'application/json' else f'`{media}`'}"
-    told = operation["responses"].get("200") or operation["responses"]["202"]
+    told = next(answer for status, answer in operation["responses"].items() if status.startswith("2"))
     for media, content in told.get("content", {}).items():
         yield f"- answer: {_kind(content['schema']) if media == 'application/json' else f'`{media}`'}"
     if scope:

@@ -11,7 +11,7 @@ from litestar import Request, Response
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 
-from atoll.agent import lists
+from atoll.agent import limits, lists
 from atoll.agent.access import Access, require
 from atoll.agent.matching import insisting, tag_of
 from atoll.agent.metrics import Meter
