@@ -61,7 +61,9 @@ class Connections:
 
     def make_room(self, open_now: int) -> None:
         if open_now > self.most and self.idle:
-            next(iter(self.idle)).transport.close()
+            oldest = next(iter(self.idle))
+            del self.idle[oldest]
+            oldest.transport.close()
 
 
 class GuardedProtocol(PeerProtocol):

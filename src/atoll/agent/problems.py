@@ -72,7 +72,15 @@ def on_atoll_error(request: Request, error: AtollError) -> Response[Problem]:  #
 
 def on_http_exception(request: Request, error: HTTPException) -> Response[Problem]:  # type: ignore[type-arg]
     """What Litestar refuses by itself: a path, a verb, an argument of a wrong type."""
-    codes = {401: "unauthorized", 403: "forbidden", 404: "not-found", 405: "no-such-method", 413: "too-large"}
+    codes = {
+        401: "unauthorized",
+        403: "forbidden",
+        404: "not-found",
+        405: "no-such-method",
+        408: "timed-out",
+        413: "too-large",
+    }
+    code = codes.get(error.status_code, "invalid-input" if error.status_code < 500 else "error")
     what = error.detail
     if isinstance(error, ValidationException):
         reasons = error.extra if isinstance(error.extra, list) else []
@@ -82,11 +90,11 @@ def on_http_exception(request: Request, error: HTTPException) -> Response[Proble
         what = f"there is no {request.url.path}"
     return respond(
         Problem(
-            type=f"urn:atoll:{codes.get(error.status_code, 'invalid-input')}",
+            type=f"urn:atoll:{code}",
             title=error.detail.split("\n")[0],
             status=error.status_code,
             detail=what,
-            code=codes.get(error.status_code, "invalid-input"),
+            code=code,
             what=what,
         )
     )
