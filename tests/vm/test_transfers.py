@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -142,6 +143,9 @@ async def test_an_upload_says_how_far_it_is_and_takes_no_more(wire: Wire, served
     path = f"/v1/uploads/{upload.id}"
     await send(wire, upload.id, 0, b"four")
     assert await remote_transfers._reached(wire, path) == 4
+    async with wire.request("HEAD", path) as response:
+        told = dict(response.headers)
+    assert (told[b"upload-offset"], told[b"upload-length"]) == (b"4", b"10")
     with pytest.raises(WrongState, match="doesn't go on at 0"):
         await send(wire, upload.id, 0, b"four")
     with pytest.raises(WrongState, match="isn't whole"):
@@ -156,6 +160,21 @@ async def test_an_upload_says_how_far_it_is_and_takes_no_more(wire: Wire, served
             await send(wire, name, 0, b"")
     with pytest.raises(StorageFailed, match="doesn't fit on the disk"):
         await begin(wire, UploadRequest(size=1 << 50))
+
+
+async def test_an_upload_that_is_gone_is_told_at_once(
+    host: RemoteHost, between: Proxy, served: Served, tmp_path: Path
+) -> None:
+    disc = sparse_iso(tmp_path / "disc.iso", 64 * MIB)
+    between.cuts = [8 * MIB]
+
+    def forget(progress: Progress) -> None:
+        for path in served.layout.temporary.glob("upload-*"):
+            shutil.rmtree(path)
+
+    async with asyncio.timeout(30):
+        with pytest.raises(NotFound, match="there is no upload"):
+            await host.images.import_file(ImportRequest(path=str(disc)), report=forget)
 
 
 async def test_an_upload_outlives_the_agent(layout: Layout, wire: Wire, served: Served) -> None:

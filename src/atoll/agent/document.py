@@ -34,6 +34,7 @@ _TAGS = {
     "pools": "Copies of snapshots that are started already, and wait.",
     "backups": "Folders of backups, on the host.",
     "bundles": "VMs and snapshots as one file.",
+    "uploads": "Large files on their way to the agent, in pieces.",
     "host": "The computer itself.",
     "tasks": "Requests that change something, while they are at work and after.",
     "operations": "The journal: each verb with its steps.",
@@ -50,6 +51,7 @@ _MEDIA = {
     "vm_screenshot": "image/png",
     "vm_capture": "application/vnd.tcpdump.pcap",
     "host_export": "application/x-tar",
+    "exports_fetch": "application/x-tar",
     "tasks_follow": _EVENTS,
     "events_follow": _EVENTS,
     "audit_follow": "application/x-ndjson",
@@ -57,7 +59,7 @@ _MEDIA = {
     "agent_metrics": "text/plain; version=0.0.4",
 }
 """What answers are that aren't JSON."""
-_UPLOADS = {"host_import": "application/x-tar"}
+_UPLOADS = {"host_import": "application/x-tar", "uploads_send": "application/octet-stream"}
 
 _PROBLEMS = {
     400: "The request can't be used as it is.",

@@ -73,6 +73,11 @@ def _upload_handlers(agent: Agent) -> list[HTTPRouteHandler]:
         """How far it is: `Upload-Offset` of `Upload-Length`."""
         return Response(None, headers=_told(transfers.find_upload(layout, upload)))
 
+    @get("/v1/uploads/{upload:str}", tags=["uploads"], operation_id="uploads_show", opt=_OPERATE)
+    async def show(upload: str) -> Upload:
+        """The same as an object, and errors with their text."""
+        return transfers.find_upload(layout, upload)
+
     @patch("/v1/uploads/{upload:str}", tags=["uploads"], operation_id="uploads_send", opt=_OPERATE, status_code=204)
     async def send(
         request: AnyRequest,
@@ -103,7 +108,7 @@ def _upload_handlers(agent: Agent) -> list[HTTPRouteHandler]:
         transfers.drop(layout, "upload", upload)
 
     send.request_max_body_size = None
-    return [begin, look, send, drop]
+    return [begin, look, show, send, drop]
 
 
 def _told(upload: Upload) -> dict[str, str]:

@@ -97,8 +97,8 @@ async def _pieces(descriptor: int, offset: int, size: int, tell: Callable[[int],
 
 async def _reached(wire: Wire, path: str) -> int:
     """How many bytes are there."""
-    async with wire.request("HEAD", path) as response:
-        return int(dict(response.headers)[b"upload-offset"])
+    found: Upload = await wire.get(path, Upload)
+    return found.offset
 
 
 async def _dropped(wire: Wire, path: str) -> None:
