@@ -95,7 +95,7 @@ async def test_a_client_that_is_generated_runs_a_vm(
             client=client, body=models.CreateRequest(image="tiny", name="web", memory="128MiB")
         )
         assert created.vm.name == "web"
-        await calls["vm_start"].asyncio_detailed("web", client=client, body=models.VmStart(wait=True))
+        await calls["vm_start"].asyncio_detailed("web", client=client, body=models.VmStartBody(wait=True))
         assert [each.phase for each in await calls["host_ls"].asyncio(client=client)] == ["running"]
         command = models.VmExec(command=models.ExecRequest(argv=["echo", "hello"]))
         said = await calls["vm_exec"].asyncio("web", client=client, body=command)

@@ -43,7 +43,7 @@ _TAGS = {
 }
 _TAG_OF = {
     "clone": "vms", "fork": "vms", "diff": "vms", "image": "images", "catalogue": "images", "backup": "backups",
-    "prune": "host", "fsck": "host",
+    "prune": "host", "fsck": "host", "memory": "host", "stop": "host",
 }  # fmt: skip
 
 _MEDIA = {
@@ -60,6 +60,8 @@ _MEDIA = {
 }
 """What answers are that aren't JSON."""
 _UPLOADS = {"host_import": "application/x-tar", "uploads_send": "application/octet-stream"}
+_AS_TASKS = {"host_import", "images_import_file", "exports_write"}
+"""What isn't in the table of calls, and may go on after its answer."""
 
 _PROBLEMS = {
     400: "The request can't be used as it is.",
@@ -97,6 +99,10 @@ HEADERS: dict[str, tuple[Json, str]] = {
     "If-None-Match": (
         {"type": "string", "pattern": '^"[0-9a-f]{16}-[0-9a-f]{16}"$'},
         "The `ETag` of what is known already: 304 if it is still that.",
+    ),
+    "Range": (
+        {"type": "string", "pattern": r"^bytes=\d{1,15}-\d{0,15}$", "examples": ["bytes=1048576-"]},
+        "The rest of what came already.",
     ),
     "Last-Event-ID": (
         {"type": "string", "pattern": r"^\d{1,15}$"},
@@ -145,7 +151,7 @@ def complete(litestars: Json) -> Json:
 
 def _operations(document: Json) -> Iterator[tuple[str, str, Json]]:
     for path, item in document["paths"].items():
-        for http in ("get", "post", "put", "patch", "delete"):
+        for http in ("get", "head", "post", "put", "patch", "delete"):
             if http in item:
                 yield path, http, item[http]
 
@@ -239,11 +245,6 @@ def _of_call(operation: Json, call: Call, schemas: dict[Any, Json]) -> None:
         "description": "Done." if call.changes else "As it is now.",
         "content": {"application/json": {"schema": schema}},
     }
-    if call.changes:
-        operation["responses"]["202"] = {
-            "description": "It goes on: ask for the task until it has ended.",
-            "content": {"application/json": {"schema": {"$ref": _REF + "Task"}}},
-        }
 
 
 def _bytes(operation: Json) -> None:
@@ -262,12 +263,19 @@ def _headers(http: str, operation: Json, call: Call | None) -> None:
         asked.append("If-None-Match")
         responses["304"] = {"description": "It is what you know."}
         responses["200"]["headers"] = _answered("ETag")
-    elif call is not None:
+    elif call is not None or operation["operationId"] in _AS_TASKS:
         asked += ["Prefer", "Idempotency-Key"]
-        if can_match(call):
+        if call is not None and can_match(call):
             asked.append("If-Match")
         responses["200"]["headers"] = _answered("Atoll-Task")
-        responses["202"]["headers"] = _answered("Atoll-Task", "Location")
+        responses["202"] = {
+            "description": "It goes on: ask for the task until it has ended.",
+            "content": {"application/json": {"schema": {"$ref": _REF + "Task"}}},
+            "headers": _answered("Atoll-Task", "Location"),
+        }
+    elif operation["operationId"] == "exports_fetch":
+        asked.append("Range")
+        responses["206"] = {"description": "The part that was asked for.", "content": responses["200"]["content"]}
     elif operation["operationId"] == "events_follow":
         asked.append("Last-Event-ID")
     for name in asked:

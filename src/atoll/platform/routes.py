@@ -253,7 +253,8 @@ def body(call: Call) -> type[Struct] | None:
         (each.name, each.type) if each.required else (each.name, each.type, each.default)
         for each in sorted(rest, key=lambda each: not each.required)
     ]
-    name = "".join(part.title() for part in call.name.replace("_", ".").split("."))
+    # With a word more than `VmRestart`, which generators call the type of a VM's field `restart`.
+    name = "".join(part.title() for part in call.name.replace("_", ".").split(".")) + "Body"
     return msgspec.defstruct(name, fields, kw_only=True, frozen=True, forbid_unknown_fields=True)
 
 
