@@ -93,6 +93,8 @@ class Running:
             return True
         finally:
             reading.cancel()
+            # Until they have let go of the ports: if those were closed before, others of their numbers would suffer.
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def attend(self, into: socket.socket | None, stdin: Stdin) -> None:
         """Move bytes until the command has ended. Raises `GuestFailed` when its end can't come any more."""
