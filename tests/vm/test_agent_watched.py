@@ -55,6 +55,8 @@ async def test_prometheus_is_told_of_vms_the_host_and_the_agent(layout: Layout) 
             assert (await client.post("/v1/vms", json=made)).status_code == 200
         assert (await client.post("/v1/vms/web/start", json={"wait": True})).status_code == 200
         assert (await client.get("/v1/vms/none")).status_code == 404
+        talk = {"command": {"argv": ["ping", "-c1", "-W1", "-I", "eth0", "224.0.0.1"]}}
+        assert (await client.post("/v1/vms/web/exec", json=talk)).status_code == 200
 
         found = await scraped(client)
         assert list(of(found, "atoll_vm_phase", vm="web", phase="running")) == [1]

@@ -211,7 +211,7 @@ def test_what_was_found_once_stays_mended(layout: Layout) -> None:
 
         beyond = session.get(f"{URL}/v1/events/past", params={"after": 1 << 63}, timeout=60)
         assert (beyond.status_code, beyond.json()["code"]) == (400, "invalid-input")
-        absent = session.post(f"{URL}/v1/images/import", json={"upload": "nowhere"}, timeout=60)
+        absent = session.post(f"{URL}/v1/images/import", json={"upload": "0" * 32}, timeout=60)
         assert (absent.status_code, absent.json()["code"]) == (404, "not-found")
         too_many = session.post(f"{web}/wait", json={"text": "a{99999999999}"}, timeout=60)
         assert (too_many.status_code, too_many.json()["code"]) == (400, "invalid-input")
