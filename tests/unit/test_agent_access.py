@@ -128,6 +128,9 @@ async def test_what_reaches_into_the_host_takes_an_admin(client: httpx.AsyncClie
     ):
         assert await status(path, operate, **body) == 403
         assert await status(path, admin, **body) not in (401, 403)
+    _, read = Tokens(layout.tokens).create("read", scope="read")
+    assert await status("/v1/vms/nix/wait", read, text="(a+)+$") == 403
+    assert await status("/v1/vms/nix/wait", read, condition="ready") == 404
 
 
 async def test_a_clients_certificate_counts_as_its_token(

@@ -171,12 +171,16 @@ def of(method: Callable[..., Any]) -> Call:
 def scope_of(call: Call, given: Struct | None) -> Scope:
     """What a token must be good for to ask for just that: what reaches into the host takes more than its call does.
 
-    Folders of the host's, its bridges, and a QEMU without its barriers are for admins.
+    Folders of the host's, its bridges, and a QEMU without its barriers are for admins. A regular expression may keep
+    the agent busy, so it takes more than looking.
     """
     shares = bool(getattr(given, "shares", ()))
     unguarded = getattr(given, "isolation", None) == "none"
     on_bridge = getattr(given, "mode", None) == "bridge"
-    return "admin" if shares or unguarded or on_bridge else call.scope
+    if shares or unguarded or on_bridge:
+        return "admin"
+    searches = call.method.__name__ == "wait" and getattr(given, "text", None) is not None
+    return "operate" if searches else call.scope
 
 
 class Parameter(Struct, frozen=True):
