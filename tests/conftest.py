@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from atoll.layout import Layout
 from atoll.model import chain
@@ -18,6 +19,10 @@ from tests.helpers.machines import Factory
 from tests.helpers.root import small_file_system
 
 RESULTS = Path(__file__).parent.parent / "test-results"
+
+# How long an example takes says how busy the computer is.
+settings.register_profile("atoll", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("atoll")
 
 
 @pytest.hookimpl(hookwrapper=True)
