@@ -90,7 +90,7 @@ def _helper_jail(helper: Helper) -> tuple[Jail, tuple[str, ...]]:
             shut_in = helper_jail.for_user_network(PYTHON, folder=folder, files=("/etc/resolv.conf",))
             return shut_in.jail, (shut_in.weaker,) if shut_in.weaker else ()
         case "slirp4netns of a network":
-            return helper_jail.for_uplink(PYTHON, holder=helper.holder, folder=folder), ()
+            return helper_jail.for_uplink(PYTHON, network_id=new_id(), holder=helper.holder, folder=folder), ()
         case "holder and dnsmasq":
             return helper_jail.for_names((PYTHON,), network_id=new_id(), files=folder, ipv6=True), ()
         case "relay":

@@ -25,6 +25,7 @@ from atoll.model.names import new_id
 from atoll.model.units import GIB, MIB
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.vm,
     pytest.mark.timeout(900),
     pytest.mark.skipif(os.uname().machine != "x86_64", reason="attacks go by x86-64 numbers"),

@@ -252,6 +252,7 @@ async def office(computer: Run, stranger: Run, layout: Layout, tmp_path: Path) -
         computer(*ATOLL, "net", "rm", "--force", "office")
 
 
+@pytest.mark.slow
 def test_strangers_reach_what_a_group_lets_in_and_nothing_else(office: Office) -> None:
     atoll, stranger, computer = office.atoll, office.stranger, office.computer
     atoll("net", "group", "create", "web", "--rule", "allow in tcp 80 from any")

@@ -10,7 +10,7 @@ from tests.helpers.machines import Factory, Machine
 
 from atoll.model.requests import ShareRequest
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(300)]
 REPOSITORY = Path(__file__).parent.parent.parent
 USER = 1000
 # As systemd has it: a login by SSH in a group of root's, and beside it the user's manager with a part of its own.

@@ -15,7 +15,7 @@ from tests.vm.test_shares import server, shared, states
 
 from atoll.errors import InvalidInput
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 MIB = 1024**2
 

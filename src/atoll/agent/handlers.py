@@ -130,6 +130,8 @@ def without_secrets(value: Any) -> Any:
 def _changing(call: Call, agent: Agent) -> Any:
     async def run(request: Any, vm: str | None = None, data: Any = None, **values: Any) -> Any:
         require(request.scope["state"], routes.scope_of(call, data))
+        if data is None and routes.body(call) is not None and await request.body():
+            raise InvalidInput("the request can't be used", "its body is null", "Send an object, or no body.")
         subject = vm or next((str(each) for each in values.values()), "") or getattr(data, "name", None) or ""
 
         async def work(report: Report) -> Any:
