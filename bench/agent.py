@@ -56,7 +56,7 @@ def fill(records: SqliteRecords, model: Vm, count: int) -> list[Vm]:
 def serving(layout: Layout) -> Iterator[int]:
     """`atoll serve`; its pid."""
     env = os.environ | {"ATOLL_HOME": str(layout.data.parent)}
-    process = subprocess.Popen([*ATOLL, "serve"], env=env, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*ATOLL, "serve", "--rate", "0"], env=env, stderr=subprocess.PIPE)
     assert process.stderr is not None
     try:
         while b"listening" not in process.stderr.readline():
