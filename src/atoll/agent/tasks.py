@@ -26,6 +26,8 @@ from atoll.operations import engine
 _log = logging.getLogger("atoll.agent")
 KEPT = 1000
 """How many that have ended are kept in memory; all are in the agent's file."""
+FORGET_EVERY = 100
+"""How many begin between two looks for what the file may forget."""
 KEPT_FOR = 24 * 3600.0
 """Seconds for which one can be asked for, and its key be repeated."""
 
@@ -70,6 +72,7 @@ class Tasks:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._by_key: dict[tuple[str, str], str] = {}
         self._state: State | None = None
+        self._begun = 0
 
     def keep_in(self, state: State) -> None:
         """Let them outlive this agent, and find those of the agents before it."""
@@ -93,6 +96,7 @@ class Tasks:
         if wanted.key is not None:
             self._by_key[wanted.principal, wanted.key] = task.id
         self._keep(entry)
+        self._begun += 1
         entry.work = asyncio.create_task(self._run(entry, work))
         self._drop_oldest()
         return task
@@ -125,7 +129,7 @@ class Tasks:
         self._keep(entry)
 
     def _drop_oldest(self) -> None:
-        if self._state is not None and len(self._entries) % 100 == 0:
+        if self._state is not None and self._begun % FORGET_EVERY == 0:
             self._state.forget_tasks(before=time.time() - KEPT_FOR)
         ended = [each for each in self._entries.values() if each.task.state != "running"]
         for entry in ended[: max(0, len(ended) - KEPT)]:

@@ -141,8 +141,12 @@ async def _through_helper(vm: Vm, nic: NicSpec, port: int, services: Services) -
                 raise
     try:
         connected = await _dialled(_LOOPBACK, published.host_port)
-        while facts.waits_to_be_accepted(published.host_port):  # noqa: ASYNC110  # the kernel tells nobody
-            await asyncio.sleep(0.001)
+        try:
+            while facts.waits_to_be_accepted(published.host_port):  # noqa: ASYNC110  # the kernel tells nobody
+                await asyncio.sleep(0.001)
+        except BaseException:
+            connected.close()
+            raise
         return connected
     finally:
         with contextlib.suppress(AtollError):

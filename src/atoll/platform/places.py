@@ -8,7 +8,6 @@ from atoll.errors import InvalidInput
 from atoll.layout import Layout
 from atoll.platform.api import AsyncHost
 
-HOST_VARIABLE = "ATOLL_HOST"
 TOKEN_VARIABLE = "ATOLL_TOKEN"
 
 
@@ -23,7 +22,9 @@ def open_host(
     if token is not None or ca is not None:
         raise InvalidInput("a token and an authority are for other computers", next_step="Say which: https://….")
     found = where or layouts.find()
-    if where is None and agent_answers(found):
+    from atoll.host import sockets
+
+    if where is None and sockets.answers(found.agent_socket):
         from atoll.platform.remote import RemoteHost
         from atoll.platform.wire import Place
 
@@ -43,10 +44,3 @@ def _remote(where: str, token: str | None, ca: str | Path | None) -> AsyncHost:
         return RemoteHost(known_hosts.place_of(known_hosts.get(where)))
     url = known_hosts.check_url(where)
     return RemoteHost(Place(url=url, token=token or os.environ.get(TOKEN_VARIABLE), tls=tls_context(ca)))
-
-
-def agent_answers(layout: Layout) -> bool:
-    """Whether an agent listens for local commands."""
-    from atoll.host import sockets
-
-    return sockets.answers(layout.agent_socket)
