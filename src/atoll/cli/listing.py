@@ -197,7 +197,9 @@ def _suspended(info: VmInfo) -> str:
     memory = info.vm.suspended
     if memory is None:
         return "no"
-    return f"yes, {format_size(memory.file_size)} of memory; `atoll resume {info.vm.name}` goes on from there"
+    why = {"idle": " since nobody used it", "memory": " since the computer's memory ran out"}
+    because = why.get(info.vm.suspended_because, "")
+    return f"yes{because}, {format_size(memory.file_size)} of memory; `atoll resume {info.vm.name}` goes on from there"
 
 
 def _last_end(info: VmInfo) -> str:

@@ -23,6 +23,9 @@ EndReason = Literal[
 ]
 """How a run ended. `host-shutdown`: it was stopped since the computer went down."""
 
+SuspendReason = Literal["asked", "host-shutdown", "idle", "memory"]
+"""Why a VM was suspended: somebody wanted it, the computer went down, nobody used it, or memory ran out."""
+
 _BY_ITS_GUEST = frozenset[EndReason]({"guest-shutdown", "guest-reset"})
 _WITH_THE_HOST = frozenset[EndReason]({"host-rebooted", "host-shutdown"})
 

@@ -9,7 +9,7 @@ from atoll.model.names import SHORT_ID
 from atoll.model.snapshot import Memory
 from atoll.model.spec import VmSpec
 from atoll.model.state import Phase, Trouble
-from atoll.model.supervision import EndReason, RestartPolicy
+from atoll.model.supervision import EndReason, RestartPolicy, SuspendReason
 
 
 class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,6 +64,8 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The snapshot that its heads stand on: the parent of the next one."""
     suspended: Memory | None = None
     """What the next start goes on from; its heads are as they were at that instant."""
+    suspended_because: SuspendReason = "asked"
+    """Of the last time. `idle` and `memory` are the agent's: it lets such a VM go on by itself."""
     labels: dict[str, str] = field(default_factory=dict)
     remove_when_stopped: bool = False
     restart: RestartPolicy = "never"

@@ -107,7 +107,7 @@ async def _suspended(vm: Vm, how: StopAll, deadline: float, services: Services) 
     """Whether its memory could be kept in time."""
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            await suspend(vm, services=services, for_shutdown=how.for_shutdown)
+            await suspend(vm, services=services, reason="host-shutdown" if how.for_shutdown else "asked")
     except (AtollError, TimeoutError):
         return False
     return True

@@ -19,7 +19,7 @@ from atoll.host import files
 from atoll.model.names import new_id
 from atoll.model.snapshot import Memory
 from atoll.model.state import Phase, require
-from atoll.model.supervision import EndReason
+from atoll.model.supervision import EndReason, SuspendReason
 from atoll.model.vm import Exit, Vm
 from atoll.operations import capture, observe
 from atoll.operations.boot import kill_strays
@@ -36,15 +36,14 @@ class SuspendRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     vm_id: str
     id: str
     """Of the memory."""
-    for_shutdown: bool = False
-    """The computer goes down: nobody wants this VM to sleep for good."""
+    reason: SuspendReason = "asked"
 
 
-async def suspend(vm: Vm, *, services: Services, for_shutdown: bool = False, report: Report | None = None) -> None:
+async def suspend(vm: Vm, *, services: Services, reason: SuspendReason = "asked", report: Report | None = None) -> None:
     """Write a live VM's memory to the disk and end its process. Fine if it is suspended. Raises `WrongState`."""
     if vm.suspended is not None and vm.run is None:
         return
-    request = SuspendRequest(vm_id=vm.id, id=new_id(), for_shutdown=for_shutdown)
+    request = SuspendRequest(vm_id=vm.id, id=new_id(), reason=reason)
     await perform(SUSPEND, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
 
 
@@ -102,10 +101,12 @@ async def _record(context: Context[SuspendRequest]) -> None:
             accelerator=context.notes["accelerator"],
             running=context.notes["phase"] == Phase.RUNNING,
         )
-        reason: EndReason = "host-shutdown" if request.for_shutdown else "stopped"
-        end = Exit(at=time.time(), reason=reason, detail="it was suspended")
-        services.records.put_vm(replace(vm, run=None, suspended=memory, last_exit=end))
-    services.records.add_event("vm.suspended", vm_id=vm.id, name=vm.name)
+        ended: EndReason = "host-shutdown" if request.reason == "host-shutdown" else "stopped"
+        end = Exit(at=time.time(), reason=ended, detail="it was suspended")
+        services.records.put_vm(
+            replace(vm, run=None, suspended=memory, suspended_because=request.reason, last_exit=end)
+        )
+    services.records.add_event("vm.suspended", vm_id=vm.id, name=vm.name, data={"reason": request.reason})
 
 
 async def _end(context: Context[SuspendRequest]) -> None:
