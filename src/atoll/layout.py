@@ -67,7 +67,10 @@ class VmPaths:
         return self.logs / "command.txt"
 
     def socket(self, name: str) -> Path:
-        """A listening socket handed to QEMU: `control`, `observe`, `agent`, `serial`, or a stream port."""
+        """A listening socket handed to QEMU: `control`, `observe`, `agent`, `serial`, or a stream port.
+
+        `bell` is the agent's, while the VM sleeps: who starts it gets its networks there.
+        """
         return self.run / f"{name}.sock"
 
     def network_link(self, nic: str) -> Path:
@@ -270,6 +273,10 @@ class Layout:
     def vm_lock(self, vm_id: str) -> Path:
         """Held (flock) by whoever drives the VM: a command, or the agent."""
         return self.locks / f"{vm_id}.lock"
+
+    def vm_use(self, vm_id: str) -> Path:
+        """Held by all who use the VM, together; its time tells when somebody did last."""
+        return self.locks / f"{vm_id}.use"
 
     def named_lock(self, name: str) -> Path:
         """A lock for a thing that isn't a VM: an image build, the recovery."""

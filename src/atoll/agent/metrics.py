@@ -168,6 +168,12 @@ def _of_host(vms: list[VmInfo], services: Services) -> list[Family]:
     by_phase = Family("atoll_host_vms", "gauge", "VMs by phase.")
     for phase in Phase:
         by_phase.add(sum(each.phase is phase for each in vms), phase=phase.value)
+    asleep = Family("atoll_host_vms_asleep", "gauge", "VMs that sleep until somebody wants them, by what sent them.")
+    saved = Family("atoll_host_memory_asleep_bytes", "gauge", "Their memory, which is on the disk meanwhile.")
+    for reason in ("idle", "memory"):
+        sleeping = [each.vm for each in vms if each.vm.sleeps and each.vm.suspended_because == reason]
+        asleep.add(len(sleeping), reason=reason)
+        saved.add(sum(vm.suspended.file_size for vm in sleeping if vm.suspended is not None), reason=reason)
     promised = Family("atoll_host_memory_promised_bytes", "gauge", "Given to all VMs that have a process.")
     promised.add(sum(each.vm.spec.memory for each in vms if each.vm.run is not None))
     memory = facts.memory()
@@ -185,7 +191,7 @@ def _of_host(vms: list[VmInfo], services: Services) -> list[Family]:
         cpu.add(value / ticks, mode=mode)
     free = Family("atoll_host_disk_free_bytes", "gauge", "What can still be written where the VMs are.")
     free.add(facts.free_disk(services.layout.data))
-    return [by_phase, promised, total, available, cpu, free]
+    return [by_phase, asleep, saved, promised, total, available, cpu, free]
 
 
 def _of_agent(own: Reading, tasks: int) -> list[Family]:

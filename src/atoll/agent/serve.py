@@ -17,6 +17,7 @@ from atoll.agent import limits, tls, traces
 from atoll.agent.access import Access, Door
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
+from atoll.agent.idle import watch_idleness
 from atoll.agent.metrics import Measured
 from atoll.agent.state import State
 from atoll.agent.supervise import supervise
@@ -142,14 +143,16 @@ async def serve(
         ]
         await stack.enter_async_context(swept(layout))
         supervising = asyncio.create_task(supervise(host, state, tell=_log.warning))
+        idling = asyncio.create_task(watch_idleness(host, tell=_log.warning))
         ready([each.shown for each in listeners])
         notify("READY=1")
         ended = asyncio.create_task(ending.wait())
         await asyncio.wait([ended, *serving], return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
         notify("STOPPING=1")
-        supervising.cancel()
-        await asyncio.wait([supervising])
+        for each in (supervising, idling):
+            each.cancel()
+        await asyncio.wait([supervising, idling])
         await agent.tasks.close(CLOSE_TIMEOUT)
         for server in servers:
             server.should_exit = True

@@ -196,6 +196,7 @@ def run_command(
       atoll run tiny --name web -p 8080:80
       atoll run debian:13 --name db --cpus 2 --memory 2GiB --user me --ssh-key ~/.ssh/id_ed25519.pub
       atoll run tiny --name db --network lab --network user
+      atoll run tiny --name demo -p 8081:80 --suspend-when-idle 30m
       atoll run --rm tiny -- uname -a
       atoll run -d tiny
     """

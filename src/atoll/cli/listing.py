@@ -7,6 +7,7 @@ import click
 from atoll.cli.failures import Format, note, settings
 from atoll.cli.options import VM, parse_pairs
 from atoll.cli.output import age, emit, format_option, moment, print_description, print_table
+from atoll.model.idle import shown
 from atoll.model.state import Phase
 from atoll.model.units import format_rate, format_size
 from atoll.model.vm import VmInfo
@@ -75,6 +76,8 @@ def _state(info: VmInfo) -> str:
         return f"{info.phase} (in a pool)"
     if info.operation or info.trouble:
         return f"{info.phase} ({info.operation or info.trouble})"
+    if info.vm.sleeps:
+        return f"{info.phase} ({info.vm.suspended_because})"
     if info.exit and info.exit.reason not in ("stopped", "guest-shutdown"):
         return f"{info.phase} ({info.exit.reason})"
     return str(info.phase)
@@ -151,6 +154,7 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
         ("Restart", "" if vm.restart == "never" else vm.restart),
         ("At boot", "it is started" if vm.autostart else ""),
         ("Boot order", str(vm.boot_order) if vm.boot_order else ""),
+        ("When idle", "" if vm.suspend_when_idle is None else f"suspended after {shown(vm.suspend_when_idle)}"),
     ]
 
 
@@ -199,7 +203,10 @@ def _suspended(info: VmInfo) -> str:
         return "no"
     why = {"idle": " since nobody used it", "memory": " since the computer's memory ran out"}
     because = why.get(info.vm.suspended_because, "")
-    return f"yes{because}, {format_size(memory.file_size)} of memory; `atoll resume {info.vm.name}` goes on from there"
+    size = f"{format_size(memory.file_size)} of memory"
+    if info.vm.sleeps:
+        return f"yes{because}, {size}; any command that needs it wakes it, and callers of its ports do"
+    return f"yes, {size}; `atoll resume {info.vm.name}` goes on from there"
 
 
 def _last_end(info: VmInfo) -> str:

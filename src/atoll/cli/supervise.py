@@ -26,4 +26,8 @@ def supervision(default: RestartPolicy | None) -> tuple[Callable[[F], F], ...]:
             "--boot-order", type=int, metavar="N", default=0 if fresh else None,
             help="Lower numbers are started first, and stopped last (0 to 1000).",
         ),
+        click.option(
+            "--suspend-when-idle", metavar="DURATION|never", default="never" if fresh else None,
+            help="How long nobody uses it before `atoll serve` suspends it; a command or a connection wakes it.",
+        ),
     )  # fmt: skip

@@ -109,9 +109,10 @@ async def _watch_host(host: "AsyncHost", *, once: bool, interval: float, format:
     while True:
         now = await host.memory()
         if format == "table":
-            headers = ("VMS", "PROMISED", "USED", "SHARED", "SAVED", "AVAILABLE", "OF")
+            headers = ("VMS", "PROMISED", "USED", "SHARED", "SAVED", "AVAILABLE", "OF", "ASLEEP")
             sizes = (now.promised, now.used, now.shared, now.saved, now.available, now.total)
-            lines = table_lines(headers, [(str(now.vms), *map(format_size, sizes))], terminal_width())
+            asleep = f"{now.asleep} with {format_size(now.asleep_memory)}" if now.asleep else "-"
+            lines = table_lines(headers, [(str(now.vms), *map(format_size, sizes), asleep)], terminal_width())
             screen = not once and sys.stdout.isatty()
             click.echo((_HOME_AND_CLEAR if screen else "") + "\n".join(lines))
             sys.stdout.flush()

@@ -206,6 +206,19 @@ def waits_to_be_accepted(port: int) -> bool:
     return False
 
 
+def connected_ports() -> set[int]:
+    """The TCP ports of this computer that have connections, whichever side made them."""
+    found = set()
+    for file in ("net/tcp", "net/tcp6"):
+        with contextlib.suppress(FileNotFoundError):
+            for line in (PROC / file).read_text().splitlines()[1:]:
+                _, address, _, state = line.split()[:4]
+                # Those that the other side has ended half of count, too (include/net/tcp_states.h).
+                if state in ("01", "08"):
+                    found.add(int(address.rpartition(":")[2], 16))
+    return found
+
+
 def kvm_state() -> KvmState:
     """Whether /dev/kvm can be opened. That doesn't prove that guests run: see `accelerator.py`."""
     try:

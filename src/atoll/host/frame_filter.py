@@ -44,6 +44,8 @@ _PASS = 0xFFFFFFFF
 
 # Places in a frame, and in what follows a header of IPv4 that begins at 14.
 _KIND, _FRAGMENT, _PROTOCOL, _TO = 12, 20, 23, 30
+_ASKED_FOR = 38
+"""The address that an ARP request is about."""
 _FROM_PORT, _TO_PORT, _FLAGS = 14, 16, 27
 _NEXT_HEADER, _TO6, _TO_PORT6 = 20, 38, 56
 _ICMP, _TCP, _UDP, _ICMP6 = 1, 6, 17, 58
@@ -181,9 +183,30 @@ def _of_ipv6() -> list[Step]:
     ]
 
 
+def calls(mac: str, address: str) -> list[Step]:
+    """A filter for the end of a machine that sleeps: what is for its card alone, and who asks for its address."""
+    hardware = bytes.fromhex(mac.replace(":", ""))
+    return [
+        ("", _HALF, _KIND, "", ""),
+        ("", _EQUAL, 0x0806, "asks", ""),
+        ("", _WORD, 0, "", ""),
+        ("", _EQUAL, int.from_bytes(hardware[:4], "big"), "", "drop"),
+        ("", _HALF, 4, "", ""),
+        ("", _EQUAL, int.from_bytes(hardware[4:], "big"), "pass", "drop"),
+        ("asks", _WORD, _ASKED_FOR, "", ""),
+        ("", _EQUAL, int.from_bytes(socket.inet_aton(address), "big"), "pass", "drop"),
+        ("pass", _RETURN, _PASS, "", ""),
+        ("drop", _RETURN, 0, "", ""),
+    ]
+
+
 def program(rules: Rules) -> bytes:
     """The filter as the kernel takes it."""
-    listing = steps(rules)
+    return assembled(steps(rules))
+
+
+def assembled(listing: Sequence[Step]) -> bytes:
+    """Any filter as the kernel takes it."""
     places = {label: index for index, (label, *_) in enumerate(listing) if label}
 
     def distance(index: int, label: str) -> int:

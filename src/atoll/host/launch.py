@@ -35,7 +35,7 @@ def launch(
 ) -> Launched:
     """Start QEMU in a session of its own, with its output in `log`. It outlives us.
 
-    `given` has descriptors by name that are open already: taps.
+    `given` has descriptors by name that are open already: taps, and networks of a VM that slept.
 
     Raises `StorageFailed` when a file can't be opened, `EngineFailed` or `MissingTool` when a program can't be
     started, `AlreadyExists` when a port is taken.
@@ -43,7 +43,8 @@ def launch(
     weaker: list[str] = []
     with contextlib.ExitStack() as stack:
         groups = jail.groups if jail is not None else ()
-        descriptors = dict(_open_all(plan, stack, weaker, groups)) | dict(given or {})
+        had = dict(given or {})
+        descriptors = dict(_open_all(plan, stack, weaker, groups, had)) | had
         if strict and weaker:
             raise Unsupported("the isolation 'strict' isn't possible here", "; ".join(weaker), "See `atoll doctor`.")
         output = stack.enter_context(log.open("ab"))
@@ -59,7 +60,11 @@ def launch(
 
 
 def _open_all(
-    plan: LaunchPlan, stack: contextlib.ExitStack, weaker: list[str], groups: tuple[str, ...]
+    plan: LaunchPlan,
+    stack: contextlib.ExitStack,
+    weaker: list[str],
+    groups: tuple[str, ...],
+    had: Mapping[str, int],
 ) -> Iterator[tuple[str, int]]:
     for file in plan.files:
         try:
@@ -84,6 +89,8 @@ def _open_all(
         os.close(writing)
         yield feed.name, reading
     for network in plan.networks:
+        if network.name in had:
+            continue
         yield from _open_network(network, stack, weaker, groups)
 
 

@@ -169,6 +169,8 @@ class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The agent starts it when the computer has started."""
     boot_order: int = 0
     """Lower numbers are started first, and stopped last."""
+    suspend_when_idle: str | float | None = None
+    """A time such as `30m`: when nobody has used it for so long, the agent suspends it until somebody does."""
 
 
 class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -197,6 +199,8 @@ class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     restart: RestartPolicy | None = None
     autostart: bool | None = None
     boot_order: int | None = None
+    suspend_when_idle: str | float | None = None
+    """A time such as `30m`, or `never`."""
 
 
 class ImportRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

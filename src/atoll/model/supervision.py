@@ -71,8 +71,14 @@ def next_attempt(before: Attempts, *, ended_at: float) -> tuple[Attempts, float]
     )
 
 
-def check(*, restart: RestartPolicy, boot_order: int, throwaway: bool) -> None:
+def check(*, restart: RestartPolicy, boot_order: int, throwaway: bool, suspend_when_idle: float | None = None) -> None:
     """Raises `InvalidInput`."""
+    if suspend_when_idle is not None and throwaway:
+        raise InvalidInput(
+            "--rm and --suspend-when-idle don't go together",
+            "the one removes a VM that nobody needs, the other keeps it",
+            "Leave one of them away.",
+        )
     if restart != "never" and throwaway:
         raise InvalidInput(
             "--rm and --restart don't go together",

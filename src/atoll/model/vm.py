@@ -74,6 +74,13 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The agent starts it when the computer has started."""
     boot_order: int = 0
     """Lower numbers are started first, and stopped last; those of one number side by side."""
+    suspend_when_idle: float | None = None
+    """Seconds for which nobody uses it, after which the agent suspends it. The VM's own as well."""
+
+    @property
+    def sleeps(self) -> bool:
+        """It was suspended without being asked for, and goes on when somebody wants it."""
+        return self.run is None and self.suspended is not None and self.suspended_because in ("idle", "memory")
 
     @property
     def short_id(self) -> str:
@@ -180,6 +187,10 @@ class HostMemory(Struct, frozen=True, kw_only=True):
     """The part of it that several have mapped: memory of forks that none has written to yet, QEMU's own program."""
     saved: int
     """What those that run would take besides if each had its own of what they share."""
+    asleep: int = 0
+    """How many VMs sleep since nobody used them, or since memory ran out."""
+    asleep_memory: int = 0
+    """What those had in the computer's memory, and have on its disk now."""
 
 
 class Event(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from atoll.model.launch import LaunchPlan, UserNetwork
 from atoll.model.spec import Arch, VmSpec
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Run, Vm
-from atoll.operations import limits, networks, observe, shares
+from atoll.operations import bells, limits, networks, observe, shares
 from atoll.operations.check_ports import check_port_free
 from atoll.operations.create import firmware_for
 from atoll.operations.descriptors import hand_over, set_path
@@ -75,31 +75,51 @@ async def make_plan(
     return plan(inputs), accelerator
 
 
-async def boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, incoming: Incoming | None = None) -> Run:
-    """Start a QEMU for the VM; with `incoming` it has that memory and stands still.
+async def boot(
+    services: Services,
+    vm: Vm,
+    spec: VmSpec,
+    *,
+    report: Report,
+    incoming: Incoming | None = None,
+    kept: bells.Kept | None = None,
+) -> Run:
+    """Start a QEMU for the VM; with `incoming` it has that memory and stands still, with `kept` these networks.
 
     Raises `EngineFailed`, `AlreadyExists` (a port), `Busy` (more memory than may be promised). A QEMU that fails after
     its start is there still: `kill_strays`.
     """
     if services.promises is None:
-        return await _boot(services, vm, spec, report=report, incoming=incoming)
+        return await _boot(services, vm, spec, report=report, incoming=incoming, kept=kept)
     with services.promises.given(vm, spec.memory, services.records.vms()) as started:
-        run = await _boot(services, vm, spec, report=report, incoming=incoming)
+        run = await _boot(services, vm, spec, report=report, incoming=incoming, kept=kept)
         started.append(run)
         return run
 
 
-async def _boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, incoming: Incoming | None) -> Run:
+async def _boot(
+    services: Services,
+    vm: Vm,
+    spec: VmSpec,
+    *,
+    report: Report,
+    incoming: Incoming | None,
+    kept: bells.Kept | None,
+) -> Run:
+    had = kept.descriptors if kept is not None else {}
     steps, accelerator = await make_plan(services, vm, spec, incoming=incoming)
     paths = services.layout.vm(vm.id)
     _prepare(paths, steps)
     if incoming is not None and spec.guest.agent:
         leave_word(paths, time=True)
     for nic in spec.nics:
-        for port in nic.ports if nic.network is None else ():
+        for port in nic.ports if nic.network is None and f"nic-{nic.name}" not in had else ():
             check_port_free(vm.name, port)
     jail, isolation = prepare(steps.binary, _wanted(vm, spec, steps))
-    async with networks.taps(services, vm, spec) as given:
+    if kept is not None:
+        bells.give(kept, paths, spec.nics, groups=jail.groups if jail is not None else ())
+    async with networks.taps(services, vm, spec, had=had) as given:
+        given = had | given
         launched = launch(steps, log=paths.qemu_log, jail=jail, strict=spec.isolation == "strict", given=given)
     if launched.no_ids:
         isolation = without_user(isolation, launched.no_ids)
@@ -114,7 +134,13 @@ async def _boot(services: Services, vm: Vm, spec: VmSpec, *, report: Report, inc
         started_at=time.time(),
         accelerator=accelerator,
         qemu_version=version,
-        isolation=replace(isolation, barriers=(*isolation.barriers, *_helpers(steps, launched.weaker))),
+        isolation=replace(
+            isolation,
+            barriers=(
+                *isolation.barriers,
+                *_helpers(steps, (*launched.weaker, *(kept.weaker if kept is not None else ()))),
+            ),
+        ),
         from_memory=incoming is not None,
     )
 
@@ -228,11 +254,13 @@ def engines_of(vm: Vm) -> list[int]:
     return facts.scan_for(vm.uuid, after="-uuid", also_user=ids.user if ids else None)
 
 
-async def kill_strays(services: Services, vm: Vm) -> None:
-    """End each QEMU that was started for the VM, but isn't recorded, and what was started for that one.
+async def kill_strays(services: Services, vm: Vm, *, kept: Collection[str] = ()) -> None:
+    """End each QEMU that was started for the VM, but isn't recorded, and what was started for that one; also the
+    networks that the agent keeps up for it, but for those of these cards, which the caller has taken.
 
     Returns when they are gone, and the ports with them.
     """
+    await bells.silence(services.layout.vm(vm.id))
     recorded = vm.run.pid if vm.run is not None and facts.is_alive(vm.run) else None
     for pid in engines_of(vm):
         if pid != recorded:
@@ -240,18 +268,19 @@ async def kill_strays(services: Services, vm: Vm) -> None:
     for link in services.layout.vm(vm.id).run.glob("*.net/link"):
         user_network.let_go(link)
     if recorded is None:
-        await helpers_ended(services, vm)
+        await helpers_ended(services, vm, kept=kept)
     cgroups.remove(vm.id)
 
 
-async def helpers_ended(services: Services, vm: Vm) -> None:
+async def helpers_ended(services: Services, vm: Vm, *, kept: Collection[str] = ()) -> None:
     """After QEMU has gone: until its helpers are gone as well, for they still have its ports and are in its control
     group; and what bridges have.
     """
     from atoll.host.watch import wait_for_exit
 
     paths = services.layout.vm(vm.id)
-    found = [user_network.helper_of(network) for network in paths.run.glob("*.net/control")]
+    controls = [each for each in paths.run.glob("*.net/control") if each.parent.stem not in kept]
+    found = [user_network.helper_of(control) for control in controls]
     servers = [server for each in shares.all_shares(vm) if (server := shares.server_of(paths, each))]
     found += [server.process.pid for server in servers if facts.is_alive(server.process)]
     for pid in found:

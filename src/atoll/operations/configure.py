@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.errors import AtollError, InvalidInput, TimedOut
-from atoll.model import supervision
+from atoll.model import idle, supervision
 from atoll.model.requests import SetRequest
 from atoll.model.spec import LimitSpec, VmSpec
 from atoll.model.state import Phase
@@ -70,8 +70,16 @@ def _supervised(vm: Vm, request: SetRequest) -> Vm:
         restart=vm.restart if request.restart is None else request.restart,
         autostart=vm.autostart if request.autostart is None else request.autostart,
         boot_order=vm.boot_order if request.boot_order is None else request.boot_order,
+        suspend_when_idle=(
+            vm.suspend_when_idle if request.suspend_when_idle is None else idle.parse(request.suspend_when_idle)
+        ),
     )
-    supervision.check(restart=changed.restart, boot_order=changed.boot_order, throwaway=changed.remove_when_stopped)
+    supervision.check(
+        restart=changed.restart,
+        boot_order=changed.boot_order,
+        throwaway=changed.remove_when_stopped,
+        suspend_when_idle=changed.suspend_when_idle,
+    )
     return changed
 
 
@@ -144,6 +152,7 @@ def _told_supervision(before: Vm, after: Vm) -> list[Change]:
         ("restart", before.restart, after.restart),
         ("autostart", str(before.autostart).lower(), str(after.autostart).lower()),
         ("boot-order", str(before.boot_order), str(after.boot_order)),
+        ("suspend-when-idle", idle.shown(before.suspend_when_idle), idle.shown(after.suspend_when_idle)),
     )
     return [Change(name=name, value=new, when="now") for name, old, new in settings if old != new]
 

@@ -20,7 +20,7 @@ from msgspec import Struct, field
 
 from atoll.errors import AlreadyExists, InvalidInput, StorageFailed, from_os_error
 from atoll.host import disks, files
-from atoll.model import names, supervision
+from atoll.model import idle, names, supervision
 from atoll.model.image import Image
 from atoll.model.launch import Firmware
 from atoll.model.requests import CreateRequest
@@ -65,7 +65,13 @@ async def create(request: CreateRequest, *, services: Services, report: Report |
 async def _resolved(request: CreateRequest, services: Services) -> NewVm:
     if request.name is not None:
         names.check_vm_name(request.name)
-    supervision.check(restart=request.restart, boot_order=request.boot_order, throwaway=request.remove_when_stopped)
+    when_idle = None if request.suspend_when_idle is None else idle.parse(request.suspend_when_idle)
+    supervision.check(
+        restart=request.restart,
+        boot_order=request.boot_order,
+        throwaway=request.remove_when_stopped,
+        suspend_when_idle=when_idle,
+    )
     everything = services.records.images() if request.image or request.cdrom or request.disks else []
     image = find_image(request.image, everything) if request.image is not None else None
     cdroms = [find_image(reference, everything) for reference in request.cdrom]
@@ -97,6 +103,7 @@ async def _resolved(request: CreateRequest, services: Services) -> NewVm:
         restart=request.restart,
         autostart=request.autostart,
         boot_order=request.boot_order,
+        suspend_when_idle=when_idle,
     )
     nvram = image.nvram if image is not None and spec.boot.firmware == "uefi" else None
     return NewVm(vm=vm, nvram=nvram, copy=image is not None and image.copy)

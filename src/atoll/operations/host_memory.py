@@ -11,7 +11,9 @@ from atoll.operations.services import Services
 def host_memory(services: Services) -> HostMemory:
     """A reading of now."""
     computer = facts.memory()
-    running = [vm for vm in services.records.vms() if vm.run is not None and facts.is_alive(vm.run)]
+    everyone = services.records.vms()
+    asleep = [vm.suspended for vm in everyone if vm.sleeps and vm.suspended is not None]
+    running = [vm for vm in everyone if vm.run is not None and facts.is_alive(vm.run)]
     shares = []
     for vm in running:
         assert vm.run is not None
@@ -26,4 +28,6 @@ def host_memory(services: Services) -> HostMemory:
         used=used,
         shared=used - sum(each.private for each in shares),
         saved=sum(each.resident for each in shares) - used,
+        asleep=len(asleep),
+        asleep_memory=sum(each.file_size for each in asleep),
     )

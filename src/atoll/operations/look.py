@@ -114,6 +114,20 @@ def _key_event(code: str, down: bool) -> dict[str, Any]:
     return {"type": "key", "data": {"down": down, "key": {"type": "qcode", "data": code}}}
 
 
+async def frames(vm: Vm, *, services: Services) -> tuple[int, ...]:
+    """For each queue of its virtio cards the index of the last frame that was passed, which begins anew at 65536."""
+    cards = [nic for nic in vm.spec.nics if nic.model == "virtio"]
+    found = []
+    if cards:
+        async with observing(services, vm) as monitor:
+            for nic in cards:
+                path = f"/machine/peripheral/nic-{nic.name}/virtio-backend"
+                for queue in (0, 1):
+                    told = await monitor.execute("x-query-virtio-queue-status", {"path": path, "queue": queue})
+                    found.append(int(told["used-idx"]))
+    return tuple(found)
+
+
 async def stats(vm: Vm, *, services: Services) -> Stats:
     """One reading of what a running VM uses. Raises `WrongState` when it is stopped."""
     async with observing(services, vm) as monitor:

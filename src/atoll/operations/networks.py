@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -112,8 +112,9 @@ def still_here(services: Services, nics: Iterable[NicSpec]) -> tuple[NicSpec, ..
 
 
 @contextlib.asynccontextmanager
-async def taps(services: Services, vm: Vm, spec: VmSpec) -> AsyncIterator[dict[str, int]]:
+async def taps(services: Services, vm: Vm, spec: VmSpec, *, had: Container[str] = ()) -> AsyncIterator[dict[str, int]]:
     """Open taps for the machine's cards on networks, by descriptor's name; they are closed here when this is left.
+    Those that the caller had are left out.
 
     The networks are brought up where they aren't, and the published ports with them. Raises `NetworkFailed`,
     `AlreadyExists` (a port).
@@ -121,7 +122,7 @@ async def taps(services: Services, vm: Vm, spec: VmSpec) -> AsyncIterator[dict[s
     given: dict[str, int] = {}
     try:
         for nic in spec.nics:
-            if nic.network is not None:
+            if nic.network is not None and f"nic-{nic.name}" not in had:
                 given[f"nic-{nic.name}"] = await tap_for(services, vm, nic)
         yield given
     finally:

@@ -112,6 +112,7 @@ def _running_nic(context: Context[PortRequest]) -> NicSpec | None:
 async def _forward(context: Context[PortRequest]) -> None:
     nic = _running_nic(context)
     if nic is None:
+        _tell(context)
         return
     port = context.request.port
     check_port_free(context.vm.name, port)
@@ -121,6 +122,11 @@ async def _forward(context: Context[PortRequest]) -> None:
     said = await network_ports.forward(context.services, nic, port, add=True)
     if said:
         raise AlreadyExists(f"{context.vm.name}: port {port.host_port} can't be published", said)
+
+
+def _tell(context: Context[PortRequest]) -> None:
+    """The agent answers at the ports of a VM that sleeps."""
+    context.services.records.add_event("vm.changed", vm_id=context.vm.id, name=context.vm.name)
 
 
 async def _unforward(context: Context[PortRequest]) -> None:
@@ -140,6 +146,7 @@ async def _forward_again(context: Context[PortRequest]) -> None:
 
 async def _forget(context: Context[PortRequest]) -> None:
     _put(context, without_port)
+    _tell(context)
 
 
 PUBLISH = Verb(

@@ -18,7 +18,7 @@ from atoll.errors import AtollError, from_os_error
 from atoll.host import cgroups, facts, files
 from atoll.model.state import require
 from atoll.model.vm import Vm
-from atoll.operations import networks, observe
+from atoll.operations import bells, networks, observe
 from atoll.operations.collect import collect
 from atoll.operations.create import IMAGES_LOCK
 from atoll.operations.engine import Context, Step, Verb, perform
@@ -112,6 +112,7 @@ async def _forget(context: Context[RemoveRequest]) -> None:
 
 async def _delete(context: Context[RemoveRequest]) -> None:
     layout = context.services.layout
+    await bells.silence(layout.vm(context.subject))
     try:
         for folder in (_away(context), layout.vm(context.subject).run):
             if folder.exists():
@@ -125,6 +126,7 @@ async def _delete(context: Context[RemoveRequest]) -> None:
     # Who waits for the lock finds the record gone.
     with contextlib.suppress(OSError):
         layout.vm_lock(context.subject).unlink()
+    layout.vm_use(context.subject).unlink(missing_ok=True)
 
 
 REMOVE = Verb(

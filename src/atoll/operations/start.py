@@ -19,7 +19,7 @@ from atoll.model.snapshot import Memory
 from atoll.model.spec import VmSpec
 from atoll.model.state import require
 from atoll.model.vm import Run, Vm
-from atoll.operations import observe
+from atoll.operations import bells, observe
 from atoll.operations.boot import Incoming, boot, kill_strays
 from atoll.operations.engine import Context, Step, Verb, perform
 from atoll.operations.power import go_on
@@ -53,14 +53,16 @@ async def _check_stopped(context: Context[StartRequest]) -> None:
 
 async def _launch(context: Context[StartRequest]) -> None:
     services, vm = context.services, context.vm
-    # A start that was killed before it was recorded may have left one.
-    await kill_strays(services, vm)
-    drop_under_pressure(services)
-    incoming = None
-    if vm.suspended is not None:
-        context.notes["suspended"] = msgspec.to_builtins(vm.suspended)
-        incoming = await _memory(services, vm.suspended)
-    run = await boot(services, vm, _wanted(vm), report=context.report, incoming=incoming)
+    spec = _wanted(vm)
+    async with bells.taken(services.layout.vm(vm.id), spec.nics) as kept:
+        # A start that was killed before it was recorded may have left one.
+        await kill_strays(services, vm, kept=bells.names_of(kept.descriptors))
+        drop_under_pressure(services)
+        incoming = None
+        if vm.suspended is not None:
+            context.notes["suspended"] = msgspec.to_builtins(vm.suspended)
+            incoming = await _memory(services, vm.suspended)
+        run = await boot(services, vm, spec, report=context.report, incoming=incoming, kept=kept)
     context.notes["run"] = msgspec.to_builtins(run)
 
 

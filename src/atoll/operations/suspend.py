@@ -15,7 +15,8 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.host import files
+from atoll.errors import WrongState
+from atoll.host import facts, files
 from atoll.model.names import new_id
 from atoll.model.snapshot import Memory
 from atoll.model.state import Phase, require
@@ -45,6 +46,11 @@ async def suspend(vm: Vm, *, services: Services, reason: SuspendReason = "asked"
         return
     request = SuspendRequest(vm_id=vm.id, id=new_id(), reason=reason)
     await perform(SUSPEND, request, services=services, subject=vm.id, subject_name=vm.name, report=report)
+
+
+def has_callers(vm: Vm, connected: set[int]) -> bool:
+    """Whether connections to its published ports are among these of the computer's."""
+    return any(port.protocol == "tcp" and port.host_port in connected for nic in vm.spec.nics for port in nic.ports)
 
 
 def drop(services: Services, vm: Vm) -> Vm:
@@ -82,6 +88,8 @@ async def _save(context: Context[SuspendRequest]) -> None:
             await monitor.execute("stop")
             await monitor.execute("migrate", {"uri": f"file:{set_path(number)}"})
             await jobs.until_ended(monitor, events, report=context.report, step="save the memory")
+    if context.request.reason == "idle" and has_callers(context.vm, facts.connected_ports()):
+        raise WrongState(f"{context.vm.name}: it isn't idle any more", "somebody has connected to it")
 
 
 async def _go_on(context: Context[SuspendRequest]) -> None:

@@ -10,7 +10,7 @@ from atoll.model.audit import AuditEntry
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
 from atoll.model.requests import CreateRequest
-from atoll.model.vm import Event, HostMemory, Stopped, VmInfo
+from atoll.model.vm import Event, HostMemory, Stopped, Vm, VmInfo
 from atoll.operations.services import Services
 from atoll.platform.api import BundleFile, Report
 from atoll.platform.copies import AsyncCopies
@@ -174,6 +174,8 @@ class LocalHost:
         from atoll.operations.clone import clone, find_source
 
         found = find_source(source, self._services)
+        if isinstance(found, Vm):
+            return await LocalVm(self._services, found).clone(name, full=full, report=report)
         return LocalVm(self._services, await clone(found, name, services=self._services, full=full, report=report))
 
     async def fork(
@@ -182,7 +184,10 @@ class LocalHost:
         from atoll.operations.clone import find_source
         from atoll.operations.fork import fork
 
-        made = await fork(find_source(source, self._services), count, name, services=self._services, report=report)
+        found = find_source(source, self._services)
+        if isinstance(found, Vm):
+            return await LocalVm(self._services, found).fork(count, name=name, report=report)
+        made = await fork(found, count, name, services=self._services, report=report)
         return AsyncCopies(LocalVm(self._services, vm) for vm in made)
 
     async def diff(self, old: str, new: str, *, report: Report | None = None) -> Difference:
@@ -203,8 +208,12 @@ class LocalHost:
         from atoll.operations.clone import find_source
         from atoll.operations.export import export
 
+        found = find_source(source, self._services)
+        if isinstance(found, Vm):
+            await LocalVm(self._services, found).export(path, base=base, disk_only=disk_only, report=report)
+            return
         options = ExportOptions(base=base, disk_only=disk_only)
-        await export(find_source(source, self._services), path, options, services=self._services, report=report)
+        await export(found, path, options, services=self._services, report=report)
 
     async def import_bundle(
         self, path: BundleFile, name: str | None = None, *, report: Report | None = None

@@ -28,9 +28,11 @@ from atoll.model.vm import Change, ExecRequest, ExecResult, ShareInfo, Stats, Vm
 from atoll.operations.services import Services
 from atoll.platform.api import AsyncVm, BundleFile, ByteSink, Connection, Drain, Report, Terminal
 from atoll.platform.copies import AsyncCopies
+from atoll.platform.held import held, held_terminal
 
 if TYPE_CHECKING:
     from atoll.operations.guest_copy import Execute
+    from atoll.operations.uses import Use
 
 # Operations are imported where they are used, so that a command pays only for what it does.
 
@@ -76,6 +78,30 @@ class LocalVm:
             )
         return vm
 
+    @contextlib.asynccontextmanager
+    async def awake(self, report: Report | None = None) -> AsyncIterator[Vm]:
+        """The record of a VM that is wanted now. It is in use within; one that slept by itself goes on."""
+        use = await self._used(report)
+        try:
+            yield self._record()
+        finally:
+            use.close()
+
+    async def _used(self, report: Report | None = None) -> "Use":
+        """The same, until the use is closed."""
+        from atoll.operations import uses
+
+        use = await uses.begin(self._services.layout, self._record().id)
+        try:
+            if (vm := self._record()).sleeps:
+                from atoll.operations.wake import wake
+
+                await wake(vm, services=self._services, by="command", report=report)
+            return use
+        except BaseException:
+            use.close()
+            raise
+
     async def info(self) -> VmInfo:
         from atoll.operations import observe
 
@@ -116,7 +142,8 @@ class LocalVm:
     async def pause(self) -> None:
         from atoll.operations.power import pause
 
-        await pause(self._record(), services=self._services)
+        async with self.awake() as vm:
+            await pause(vm, services=self._services)
 
     async def suspend(self, *, report: Report | None = None) -> None:
         from atoll.operations.suspend import suspend
@@ -156,10 +183,13 @@ class LocalVm:
     ) -> str:
         from atoll.operations.ready import wait
 
-        said = await wait(self._record(), condition, services=self._services, text=text, timeout=timeout)
-        if said == "ready":
-            await self._mount_again()
-        return said
+        if condition == "stopped" and text is None:
+            return await wait(self._record(), condition, services=self._services, timeout=timeout)
+        async with self.awake() as vm:
+            said = await wait(vm, condition, services=self._services, text=text, timeout=timeout)
+            if said == "ready":
+                await self._mount_again()
+            return said
 
     async def _mount_again(self) -> None:
         """A guest that has rebooted by itself lacks its shared folders until somebody turns to it."""
@@ -183,46 +213,55 @@ class LocalVm:
         request = command if isinstance(command, ExecRequest) else ExecRequest(argv=tuple(command))
         if not request.argv:
             raise InvalidInput("there is no command to run", next_step="Write it after `--`.")
-        vm = self._with_agent()
-        await self._mount_again()
-        paths = self._services.layout.vm(vm.id)
-        return await execute(
-            paths, vm.name, request, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr, drain=drain
-        )
+        async with self.awake():
+            vm = self._with_agent()
+            await self._mount_again()
+            paths = self._services.layout.vm(vm.id)
+            return await execute(
+                paths, vm.name, request, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr, drain=drain
+            )
 
     async def shell(self, command: Sequence[str] = (), *, user: str | None = None) -> Terminal:
         from atoll.operations.guest_shell import open_shell
 
-        vm = self._with_agent()
-        return await open_shell(self._services.layout.vm(vm.id), vm.name, command=tuple(command), user=user)
+        async def opened() -> Terminal:
+            vm = self._with_agent()
+            return await open_shell(self._services.layout.vm(vm.id), vm.name, command=tuple(command), user=user)
+
+        return await held_terminal(await self._used(), opened)
 
     async def console(self) -> Terminal:
         from atoll.operations import observe
         from atoll.operations.guest_shell import open_console
 
-        vm = self._record()
-        require(vm.name, observe.phase_of(self._services, vm), "console")
-        return await open_console(self._services.layout.vm(vm.id), vm.name)
+        async def opened() -> Terminal:
+            vm = self._record()
+            require(vm.name, observe.phase_of(self._services, vm), "console")
+            return await open_console(self._services.layout.vm(vm.id), vm.name)
+
+        return await held_terminal(await self._used(), opened)
 
     async def connect(self, port: int) -> Connection:
         from atoll.operations.reach import open_port
 
-        return await open_port(self._record(), port, services=self._services)
+        return await held(await self._used(), lambda: open_port(self._record(), port, services=self._services))
 
     async def vnc(self) -> Connection:
         from atoll.operations.reach import open_display
 
-        return await open_display(self._record(), services=self._services)
+        return await held(await self._used(), lambda: open_display(self._record(), services=self._services))
 
     async def copy_to(self, source: Path, destination: str, *, report: Report | None = None) -> None:
         from atoll.operations.guest_copy import copy_to
 
-        await copy_to(self._in_guest(), self._name, source, destination, report=report)
+        async with self.awake(report):
+            await copy_to(self._in_guest(), self._name, source, destination, report=report)
 
     async def copy_from(self, source: str, destination: Path, *, report: Report | None = None) -> None:
         from atoll.operations.guest_copy import copy_from
 
-        await copy_from(self._in_guest(), self._name, source, destination, report=report)
+        async with self.awake(report):
+            await copy_from(self._in_guest(), self._name, source, destination, report=report)
 
     def _in_guest(self) -> "Execute":
         """What runs a command in it."""
@@ -245,17 +284,20 @@ class LocalVm:
     async def screenshot(self) -> bytes:
         from atoll.operations.look import screenshot
 
-        return await screenshot(self._record(), services=self._services)
+        async with self.awake() as vm:
+            return await screenshot(vm, services=self._services)
 
     async def type(self, text: str) -> None:
         from atoll.operations.look import type_text
 
-        await type_text(self._record(), text, services=self._services)
+        async with self.awake() as vm:
+            await type_text(vm, text, services=self._services)
 
     async def key(self, *keys: str) -> None:
         from atoll.operations.look import press
 
-        await press(self._record(), keys, services=self._services)
+        async with self.awake() as vm:
+            await press(vm, keys, services=self._services)
 
     async def ports(self) -> list[PortSpec]:
         return [port for nic in self._record().spec.nics for port in nic.ports]
@@ -282,17 +324,20 @@ class LocalVm:
     async def disk_add(self, request: DiskRequest) -> tuple[DiskSpec, Change]:
         from atoll.operations.disk import add_disk
 
-        return await add_disk(self._record(), request, services=self._services)
+        async with self.awake() as vm:
+            return await add_disk(vm, request, services=self._services)
 
     async def disk_rm(self, name: str) -> Change:
         from atoll.operations.disk import remove_disk
 
-        return await remove_disk(self._record(), name, services=self._services)
+        async with self.awake() as vm:
+            return await remove_disk(vm, name, services=self._services)
 
     async def disk_resize(self, name: str, size: str | int) -> Change:
         from atoll.operations.disk import resize_disk
 
-        return await resize_disk(self._record(), name, size, services=self._services)
+        async with self.awake() as vm:
+            return await resize_disk(vm, name, size, services=self._services)
 
     async def shares(self) -> list[ShareInfo]:
         return list((await self.info()).shares)
@@ -300,19 +345,22 @@ class LocalVm:
     async def share_add(self, request: ShareRequest) -> ShareInfo:
         from atoll.operations.share import add
 
-        made = await add(self._record(), request, services=self._services)
+        async with self.awake() as vm:
+            made = await add(vm, request, services=self._services)
         return next(each for each in await self.shares() if each.guest_path == made.guest_path)
 
     async def share_rm(self, guest_path: str) -> Change:
         from atoll.operations.share import remove
 
-        return await remove(self._record(), guest_path, services=self._services)
+        async with self.awake() as vm:
+            return await remove(vm, guest_path, services=self._services)
 
     async def net_attach(self, request: NicRequest | str) -> tuple[NicSpec, Change]:
         from atoll.operations.network_nics import attach
 
         wanted = NicRequest(network=request) if isinstance(request, str) else request
-        return await attach(self._record(), wanted, services=self._services)
+        async with self.awake() as vm:
+            return await attach(vm, wanted, services=self._services)
 
     async def net_set(self, request: NicSetRequest) -> list[Change]:
         from atoll.operations.network_groups import set_card
@@ -323,19 +371,28 @@ class LocalVm:
         from atoll.operations.network_nics import detach
         from atoll.operations.networks import find_network
 
-        return await detach(self._record(), find_network(self._services, network), services=self._services)
+        async with self.awake() as vm:
+            return await detach(vm, find_network(self._services, network), services=self._services)
 
     async def net_impair(self, request: ImpairRequest) -> None:
         from atoll.operations.network_impair import impair
 
-        await impair(self._record(), request, services=self._services)
+        async with self.awake() as vm:
+            await impair(vm, request, services=self._services)
 
     def net_capture(
         self, request: CaptureRequest | None = None, *, on_lost: Callable[[int], None] | None = None
     ) -> AsyncIterator[bytes]:
+        return self._captured(request or CaptureRequest(), on_lost)
+
+    async def _captured(self, request: CaptureRequest, on_lost: Callable[[int], None] | None) -> AsyncIterator[bytes]:
         from atoll.operations.network_capture import capture
 
-        return capture(self._record(), request or CaptureRequest(), services=self._services, on_lost=on_lost)
+        async with self.awake() as vm:
+            frames = capture(vm, request, services=self._services, on_lost=on_lost)
+            async with contextlib.aclosing(frames):  # type: ignore[type-var]  # it is a generator
+                async for each in frames:
+                    yield each
 
     async def snapshot(
         self,
@@ -349,7 +406,8 @@ class LocalVm:
         from atoll.operations.snapshot import SnapshotOptions, snapshot
 
         options = SnapshotOptions(name=name, message=message, disk_only=disk_only, quiesce=quiesce)
-        return await snapshot(self._record(), options, services=self._services, report=report)
+        async with self.awake(report) as vm:
+            return await snapshot(vm, options, services=self._services, report=report)
 
     async def history(self) -> list[HistoryNode]:
         from atoll.operations.history import history
@@ -382,13 +440,15 @@ class LocalVm:
     async def fork(self, count: int = 1, *, name: str | None = None, report: Report | None = None) -> AsyncCopies:
         from atoll.operations.fork import fork
 
-        made = await fork(self._record(), count, name, services=self._services, report=report)
+        async with self.awake(report) as vm:
+            made = await fork(vm, count, name, services=self._services, report=report)
         return AsyncCopies(LocalVm(self._services, vm) for vm in made)
 
     async def clone(self, name: str | None = None, *, full: bool = False, report: Report | None = None) -> "LocalVm":
         from atoll.operations.clone import clone
 
-        made = await clone(self._record(), name, services=self._services, full=full, report=report)
+        async with self.awake(report) as vm:
+            made = await clone(vm, name, services=self._services, full=full, report=report)
         return LocalVm(self._services, made)
 
     async def backup(
@@ -396,8 +456,8 @@ class LocalVm:
     ) -> Backup:
         from atoll.operations.backup import backup
 
-        vm = self._record()
-        return await backup(vm, to, services=self._services, message=message, quiesce=quiesce, report=report)
+        async with self.awake(report) as vm:
+            return await backup(vm, to, services=self._services, message=message, quiesce=quiesce, report=report)
 
     async def export(
         self,
@@ -412,11 +472,13 @@ class LocalVm:
         from atoll.operations.export import export
         from atoll.operations.restore import find_snapshot
 
-        vm = self._record()
-        source = find_snapshot(self._services, vm, snapshot) if snapshot is not None else vm
-        await export(
-            source, path, ExportOptions(base=base, disk_only=disk_only), services=self._services, report=report
-        )
+        options = ExportOptions(base=base, disk_only=disk_only)
+        if snapshot is not None:
+            node = find_snapshot(self._services, self._record(), snapshot)
+            await export(node, path, options, services=self._services, report=report)
+            return
+        async with self.awake(report) as vm:
+            await export(vm, path, options, services=self._services, report=report)
 
 
 _: type[AsyncVm] = LocalVm

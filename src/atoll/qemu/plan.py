@@ -267,13 +267,18 @@ class _Builder:
             self._json("-device", devices.network_device(self.spec, nic))
 
     def _network_of(self, nic: NicSpec) -> Network:
-        return UserNetwork(
-            name=devices.network_descriptor(nic),
-            link=str(self.paths.network_link(nic.name)),
-            control=str(self.paths.network_control(nic.name)),
-            ports=nic.ports,
-            restrict=nic.restrict,
-        )
+        return user_network_of(self.paths, nic)
+
+
+def user_network_of(paths: VmPaths, nic: NicSpec) -> UserNetwork:
+    """The network of a card that has one of its own."""
+    return UserNetwork(
+        name=devices.network_descriptor(nic),
+        link=str(paths.network_link(nic.name)),
+        control=str(paths.network_control(nic.name)),
+        ports=nic.ports,
+        restrict=nic.restrict,
+    )
 
 
 def layer_chain(layer_id: str | None, layers: dict[str, Layer]) -> list[str]:
