@@ -12,11 +12,12 @@ from typing import Any
 
 from atoll.agent.recover import Tell
 from atoll.errors import AtollError, NotFound
-from atoll.host import sleeping_link, sockets
+from atoll.host import facts, sleeping_link, sockets
 from atoll.model.spec import NicSpec
 from atoll.model.vm import Vm
 from atoll.operations import bells
 from atoll.operations.services import Services
+from atoll.operations.suspend import has_callers
 from atoll.operations.wake import wake
 
 REST = 5.0
@@ -26,11 +27,11 @@ REST = 5.0
 class Bell:
     """One VM's: its networks, and the socket at which who starts it gets them."""
 
-    def __init__(self, vm: Vm, kept: bells.Kept, server: socket.socket, ring: Callable[[], None]) -> None:
+    def __init__(self, vm: Vm, kept: bells.Kept, server: socket.socket, rung: Callable[[], None]) -> None:
         self.nics: list[NicSpec] = bells.answering(vm)
         self._kept = kept
         self._server = server
-        self._ring = ring
+        self._rung = rung
         self._listening: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(server, self._hand_over)
@@ -47,15 +48,16 @@ class Bell:
         for nic in self.nics:
             descriptor = self._kept.descriptors[f"nic-{nic.name}"]
             self._listening.append(descriptor)
-            self._loop.add_reader(descriptor, self._called)
+            self._loop.add_reader(descriptor, self.ring)
 
-    def _called(self) -> None:
+    def ring(self) -> None:
+        """Somebody calls."""
         self._deafen()
         for nic in self.nics:
             # Who has asked for its address shall send what it wants before the guest is there to answer.
             address = bells.address_of(nic)
             sleeping_link.announce(self._kept.descriptors[f"nic-{nic.name}"], mac=nic.mac, address=address)
-        self._ring()
+        self._rung()
 
     def _deafen(self) -> None:
         for each in self._listening:
@@ -83,6 +85,7 @@ class Bells:
     """Those of all VMs."""
 
     def __init__(self, services: Services, tell: Tell) -> None:
+        services.inherits = {}
         self._services = services
         """Those of the agent's verbs: limits hold for what callers wake, too."""
         self._tell = tell
@@ -101,6 +104,9 @@ class Bells:
         await asyncio.gather(*self._work.values(), return_exceptions=True)
         for bell in self._bells.values():
             bell.close()
+        for kept in (self._services.inherits or {}).values():
+            kept.close()
+        self._services.inherits = None
 
     def look_at(self, vm_id: str) -> None:
         """See to it that the VM has a bell if it is to have one, and none else."""
@@ -135,21 +141,23 @@ class Bells:
     async def _look_at(self, vm_id: str) -> None:
         async with self._services.lease(vm_id, what="the VM"):
             vm = self._services.records.vm(vm_id)
-            bell = self._bells.get(vm_id)
+            bell, inherited = self._bells.get(vm_id), (self._services.inherits or {}).pop(vm_id, None)
             nics = bells.answering(vm) if vm is not None and vm.sleeps else []
             if bell is not None and bell.is_there and bell.nics == nics:
                 return
+            if inherited is not None and not nics:
+                inherited.close()
             if bell is not None:
                 bell.close()
                 del self._bells[vm_id]
             if vm is None or not nics:
                 self._said.pop(vm_id, None)
                 return
-            await self._hang_up(vm)
+            await self._hang_up(vm, inherited)
 
-    async def _hang_up(self, vm: Vm) -> None:
+    async def _hang_up(self, vm: Vm, inherited: bells.Kept | None) -> None:
         try:
-            kept = await bells.keep(self._services, vm)
+            kept = await bells.keep(self._services, vm, inherited)
         except (AtollError, OSError) as error:
             said = error.text if isinstance(error, AtollError) else str(error)
             if self._said.get(vm.id) != said:
@@ -168,6 +176,9 @@ class Bells:
         rest = self._resting.pop(vm.id, 0.0) - time.monotonic()
         if rest > 0:
             asyncio.get_running_loop().call_later(rest, bell.listen)
+        elif has_callers(vm, facts.connected_ports()):
+            # They came while it was being suspended.
+            bell.ring()
         else:
             bell.listen()
 

@@ -256,8 +256,8 @@ def _end_of_link(pid: int) -> socket.socket:
     try:
         # It is among the first that the helper opened. /proc doesn't tell them when the helper has a user of its own.
         for number in range(FIRST_DESCRIPTORS):
-            copy = _copied(process, number)
-            if copy is not None and _carries_messages(copy):
+            copy = copied(process, number)
+            if copy is not None and carries_messages(copy):
                 return socket.socket(fileno=copy)
             if copy is not None:
                 os.close(copy)
@@ -266,14 +266,14 @@ def _end_of_link(pid: int) -> socket.socket:
     raise EngineFailed("the network can't be made safe", "its helper has no link to us")
 
 
-def _carries_messages(descriptor: int) -> bool:
+def carries_messages(descriptor: int) -> bool:
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         return False
     with socket.socket(fileno=os.dup(descriptor)) as end:
         return end.type == socket.SOCK_SEQPACKET
 
 
-def _copied(process: int, number: int) -> int | None:
+def copied(process: int, number: int) -> int | None:
     """A descriptor of another process, copied into ours; None when it has none of that number. Raises `OSError`."""
     import ctypes
 

@@ -10,13 +10,17 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 
-from atoll.host import frame_filter
+from atoll.host import frame_filter, slirp
 
 _ATTACH, _DETACH = 26, 27
 """SO_ATTACH_FILTER, SO_DETACH_FILTER (asm-generic/socket.h)."""
 _TAP_ATTACH, _TAP_DETACH = 0x401054D5, 0x401054D6
 """TUNATTACHFILTER, TUNDETACHFILTER (linux/if_tun.h)."""
+_MOST, _FRAME = 1024, 1 << 17
+"""Descriptors of a QEMU that are looked at; bytes of a frame."""
 _TAP_HEADER = bytes(10)
 """Of virtio: nothing is left to do for this frame."""
 
@@ -25,7 +29,67 @@ def fall_asleep(descriptor: int, *, mac: str, address: str) -> None:
     """Let only what is for this card in, and tell the network where the card is."""
     code = frame_filter.assembled(frame_filter.calls(mac, address))
     _set(descriptor, code)
+    drain(descriptor, mac=mac, address=address)
     announce(descriptor, mac=mac, address=address)
+
+
+def inherited(engine: int, control: Path) -> tuple[int, int] | None:
+    """Our copies of what QEMU holds of a user-mode network: its end of the link, and the helper's lifeline.
+
+    None where the kernel doesn't let us have them, or where there is no helper.
+    """
+    helper = slirp.listener(control)
+    if helper is None:
+        return None
+    with contextlib.suppress(OSError), _handle(helper) as theirs, _handle(engine) as its:
+        pipes = {os.fstat(copy).st_ino for _, copy in _copies(theirs) if _is_pipe(copy, os.O_RDONLY)}
+        for number, copy in _copies(its):
+            if not _is_pipe(copy, os.O_WRONLY) or os.fstat(copy).st_ino not in pipes:
+                continue
+            # A QEMU gets its descriptors in order, each link before its lifeline (`host/launch.py`).
+            frames = frame_filter.copied(its, number - 1)
+            if frames is not None and frame_filter.carries_messages(frames):
+                return frames, os.dup(copy)
+            if frames is not None:
+                os.close(frames)
+    return None
+
+
+@contextlib.contextmanager
+def _handle(pid: int) -> Iterator[int]:
+    descriptor = os.pidfd_open(pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _copies(process: int) -> Iterator[tuple[int, int]]:
+    """What another process has open, by its numbers; each copy is closed after its turn."""
+    for number in range(_MOST):
+        copy = frame_filter.copied(process, number)
+        if copy is not None:
+            try:
+                yield number, copy
+            finally:
+                os.close(copy)
+
+
+def _is_pipe(descriptor: int, access: int) -> bool:
+    mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    return stat.S_ISFIFO(os.fstat(descriptor).st_mode) and mode == access
+
+
+def drain(descriptor: int, *, mac: str, address: str) -> None:
+    """Drop what had come before the filter was there, and isn't for the card, up to the first frame that is."""
+    if not _is_socket(descriptor):
+        return
+    with socket.socket(fileno=os.dup(descriptor)) as end, contextlib.suppress(OSError):
+        while frame := end.recv(_FRAME, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            asked = frame[12:14] == b"\x08\x06" and frame[38:42] == socket.inet_aton(address)
+            if asked or frame[:6] == bytes.fromhex(mac.replace(":", "")):
+                return
+            end.recv(_FRAME, socket.MSG_DONTWAIT)
 
 
 def wake_up(descriptor: int) -> None:

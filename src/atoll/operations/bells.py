@@ -55,16 +55,19 @@ def _name(nic: NicSpec) -> str:
     return f"nic-{nic.name}"
 
 
-async def keep(services: Services, vm: Vm) -> Kept:
-    """Bring up the networks of a VM that sleeps, with its ports. The caller holds its lock.
+async def keep(services: Services, vm: Vm, had: Kept | None = None) -> Kept:
+    """Bring up the networks of a VM that sleeps, with its ports, but for those that the caller had and gives away. The
+    caller holds its lock.
 
     Raises what a start would: `AlreadyExists` for a port that is taken, `MissingTool`, `EngineFailed`, `NetworkFailed`.
     """
-    kept, paths = Kept(), services.layout.vm(vm.id)
+    kept, paths = had or Kept(), services.layout.vm(vm.id)
     make_folder(paths.run)
     try:
         for nic in answering(vm):
-            if nic.network is None:
+            if _name(nic) in kept.descriptors:
+                pass
+            elif nic.network is None:
                 _keep_helper(kept, user_network_of(paths, nic))
                 if vm.spec.isolation == "strict" and kept.weaker:
                     raise Unsupported("the isolation 'strict' isn't possible here", "; ".join(kept.weaker))
@@ -74,6 +77,19 @@ async def keep(services: Services, vm: Vm) -> Kept:
     except BaseException:
         kept.close()
         raise
+    return kept
+
+
+def inherit(services: Services, vm: Vm, engine: int) -> Kept:
+    """The user-mode networks of a QEMU that has saved its memory and is about to end, with all who are connected.
+
+    What can't be had is made anew later on.
+    """
+    kept, paths = Kept(), services.layout.vm(vm.id)
+    for nic in answering(vm):
+        network = user_network_of(paths, nic)
+        if nic.network is None and (had := sleeping_link.inherited(engine, paths.network_control(nic.name))):
+            kept.descriptors[network.name], kept.descriptors[network.lifeline] = had
     return kept
 
 

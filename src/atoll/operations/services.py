@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from atoll.model.launch import Capabilities
     from atoll.model.spec import AcceleratorChoice, Arch
+    from atoll.operations.bells import Kept
     from atoll.operations.promises import Promises
 
 Report = Callable[[Progress], None]
@@ -38,6 +39,8 @@ class Services:
         self.ends_noticed = ends_noticed
         self.promises: Promises | None = None
         """The limit of the memory that VMs may be promised, if there is one."""
+        self.inherits: dict[str, Kept] | None = None
+        """Where somebody listens for who calls VMs that sleep: the networks of those that were just suspended."""
         self._later: set[asyncio.Task[None]] = set()
         self.bridges_left: set[str] = set()
         """Networks of mode bridge with rules for cables of VMs that have ended by themselves."""

@@ -22,8 +22,8 @@ from atoll.model.snapshot import Memory
 from atoll.model.state import Phase, require
 from atoll.model.supervision import EndReason, SuspendReason
 from atoll.model.vm import Exit, Vm
-from atoll.operations import capture, observe
-from atoll.operations.boot import kill_strays
+from atoll.operations import bells, capture, observe
+from atoll.operations.boot import engines_of, kill_strays
 from atoll.operations.create import IMAGES_LOCK
 from atoll.operations.descriptors import hand_over_new, set_path, take_back
 from atoll.operations.engine import Context, Step, Verb, perform
@@ -119,7 +119,15 @@ async def _record(context: Context[SuspendRequest]) -> None:
 
 async def _end(context: Context[SuspendRequest]) -> None:
     # Its process isn't recorded any more. It may be killed: it gave up its disks when the memory was complete.
-    await kill_strays(context.services, context.vm)
+    services, vm = context.services, context.vm
+    if services.inherits is None or not vm.sleeps:
+        await kill_strays(services, vm)
+        return
+    kept = bells.Kept()
+    for engine in engines_of(vm):
+        kept = bells.inherit(services, vm, engine)
+    services.inherits[vm.id] = kept
+    await kill_strays(services, vm, kept=bells.names_of(kept.descriptors))
 
 
 SUSPEND = Verb(
