@@ -36,22 +36,25 @@ def fall_asleep(descriptor: int, *, mac: str, address: str) -> None:
 def inherited(engine: int, control: Path) -> tuple[int, int] | None:
     """Our copies of what QEMU holds of a user-mode network: its end of the link, and the helper's lifeline.
 
-    None where the kernel doesn't let us have them, or where there is no helper.
+    None where the kernel doesn't let us have them, where there is no helper, and where there are several links: nothing
+    tells which is whose.
     """
     helper = slirp.listener(control)
     if helper is None:
         return None
+    links: list[int] = []
+    lifelines: list[int] = []
     with contextlib.suppress(OSError), _handle(helper) as theirs, _handle(engine) as its:
-        pipes = {os.fstat(copy).st_ino for _, copy in _copies(theirs) if _is_pipe(copy, os.O_RDONLY)}
-        for number, copy in _copies(its):
-            if not _is_pipe(copy, os.O_WRONLY) or os.fstat(copy).st_ino not in pipes:
-                continue
-            # A QEMU gets its descriptors in order, each link before its lifeline (`host/launch.py`).
-            frames = frame_filter.copied(its, number - 1)
-            if frames is not None and frame_filter.carries_messages(frames):
-                return frames, os.dup(copy)
-            if frames is not None:
-                os.close(frames)
+        pipes = {os.fstat(copy).st_ino for copy in _copies(theirs) if _is_pipe(copy, os.O_RDONLY)}
+        for copy in _copies(its):
+            if frame_filter.carries_messages(copy):
+                links.append(os.dup(copy))
+            elif _is_pipe(copy, os.O_WRONLY) and os.fstat(copy).st_ino in pipes:
+                lifelines.append(os.dup(copy))
+    if len(links) == len(lifelines) == 1:
+        return links[0], lifelines[0]
+    for each in (*links, *lifelines):
+        os.close(each)
     return None
 
 
@@ -64,13 +67,13 @@ def _handle(pid: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _copies(process: int) -> Iterator[tuple[int, int]]:
-    """What another process has open, by its numbers; each copy is closed after its turn."""
+def _copies(process: int) -> Iterator[int]:
+    """What another process has open; each copy is closed after its turn."""
     for number in range(_MOST):
         copy = frame_filter.copied(process, number)
         if copy is not None:
             try:
-                yield number, copy
+                yield copy
             finally:
                 os.close(copy)
 
