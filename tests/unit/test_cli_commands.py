@@ -423,20 +423,28 @@ def test_faults_of_ours_ask_for_a_report_and_show_where_only_on_demand(
 
 def test_what_the_agent_does_for_a_vm_is_shown_and_checked(run: Run, services: Services) -> None:
     add_vm(services, "web")
-    done = run("set", "web", "--restart", "on-failure", "--autostart", "--boot-order", "7")
+    done = run(
+        "set", "web", "--restart", "on-failure", "--autostart", "--boot-order", "7", "--suspend-when-idle", "90m"
+    )
     assert done.exit_code == 0
     assert [line.split() for line in done.output.splitlines()[1:]] == [
         ["restart", "on-failure", "now"],
         ["autostart", "true", "now"],
         ["boot-order", "7", "now"],
+        ["suspend-when-idle", "1h30m", "now"],
     ]
     shown = run("show", "web").output
+    assert "suspended after 1h30m" in shown
     assert "Restart:" in shown and "on-failure" in shown and "it is started" in shown
     assert run("set", "web", "--no-autostart").exit_code == 0
     refused = run("set", "web", "--boot-order", "5000")
     assert refused.exit_code == 2 and "is no boot order" in refused.stderr
     assert services.vm(services.find_vm("web").id).boot_order == 7
     assert run("create", "--rm", "--restart", "always", "--disk-size", "1MiB").exit_code == 2
+    assert run("create", "--rm", "--suspend-when-idle", "1h", "--disk-size", "1MiB").exit_code == 2
+    assert run("set", "web", "--suspend-when-idle", "soon").exit_code == 2
+    assert run("set", "web", "--suspend-when-idle", "never").exit_code == 0
+    assert services.vm(services.find_vm("web").id).suspend_when_idle is None
 
 
 def test_stopping_all_names_none(run: Run, services: Services) -> None:

@@ -78,8 +78,9 @@ async def test_a_vm_lives_its_life(host: AsyncHost, tmp_path: Path) -> None:
     await vm.rename("www")
     assert vm.name == "www"
     assert (await host.get("www")).id == vm.id
-    changes = await vm.set(SetRequest(labels={"tier": "test"}))
-    assert [(each.name, each.when) for each in changes] == [("label tier", "now")]
+    changes = await vm.set(SetRequest(labels={"tier": "test"}, suspend_when_idle="30m"))
+    assert [(each.name, each.when) for each in changes] == [("label tier", "now"), ("suspend-when-idle", "now")]
+    assert (await vm.info()).vm.suspend_when_idle == 1800
 
     await vm.stop()
     assert await vm.rm() == 0

@@ -90,7 +90,7 @@ async def test_callers_and_commands_wake_what_nobody_used(host: LocalHost, layou
     port, seen = free_port(), Seen(host)
     async with agent(layout):
         vm = await web_server(host, port)
-        await vm.exec(["sh", "-c", "echo kept > /root/state; sleep 1000 >/dev/null 2>&1 &"])
+        await vm.exec(["sh", "-c", "echo kept > /root/state; sleep 1000 >/dev/null 2>&1 & echo $! > /root/pid"])
         awake = await fetch(port, "/cgi-bin/who")
         await vm.set(SetRequest(suspend_when_idle=SOON))
         await seen.asleep()
@@ -103,7 +103,7 @@ async def test_callers_and_commands_wake_what_nobody_used(host: LocalHost, layou
         assert (await seen.next("vm.woken")).data == {"by": "connection"}
 
         await seen.asleep()
-        both = await asyncio.gather(vm.exec(["cat", "/root/state"]), vm.exec(["pgrep", "-f", "sleep 1000"]))
+        both = await asyncio.gather(vm.exec(["cat", "/root/state"]), vm.exec(["sh", "-c", "kill -0 $(cat /root/pid)"]))
         assert both[0].text == "kept" and both[1].exit_code == 0
         assert (await seen.next("vm.woken")).data == {"by": "command"}
         kinds = [event.kind async for event in host.events(follow=False, after=0)]
@@ -146,7 +146,7 @@ async def test_who_works_or_is_used_stays_awake(host: LocalHost, layout: Layout)
             for each in names
         }
         await vms["busy"].exec(["sh", "-c", "while :; do :; done >/dev/null 2>&1 &"])
-        await vms["caller"].exec(["sh", "-c", WEB])
+        await vms["caller"].exec(["sh", "-c", "nc -l -p 80 >/dev/null 2>&1 &"])
         caller = socket.create_connection(("127.0.0.1", port))
         shell = await vms["shell"].shell()
         await vms["paused"].pause()

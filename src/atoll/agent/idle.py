@@ -54,6 +54,13 @@ class _Seen:
         """Readings since it was used last."""
         self.looked_at = 0.0
         self.due = 0.0
+        self._wanted: tuple[float, dict[int, float]] = (0.0, {})
+
+    def is_starved(self, wanted: dict[int, float]) -> bool:
+        """Whether one of its threads has had something to do all the time since the last look, run or not."""
+        (before, had), self._wanted = self._wanted, (time.monotonic(), wanted)
+        seconds = self._wanted[0] - before
+        return any(now - had.get(thread, now) > idle.ALWAYS * seconds for thread, now in wanted.items())
 
 
 class _Watch:
@@ -137,8 +144,12 @@ class _Watch:
         try:
             frames = await look.frames(vm, services=self._services)
             took = facts.cpu_seconds(vm.run.pid)
+            starved = seen.is_starved(facts.wanted_seconds(vm.run.pid))
         except (AtollError, OSError):
             # It ends just now, or doesn't answer: it isn't idle for all that is known.
+            seen.window = ()
+            return
+        if starved:
             seen.window = ()
             return
         seen.window = idle.with_reading(

@@ -295,6 +295,20 @@ def thread_ran(pid: int, thread: int) -> float | None:
         return None
 
 
+def wanted_seconds(pid: int) -> dict[int, float]:
+    """For how long each thread of a process has run, or waited for a processor to run on; nothing where that isn't told.
+
+    Who would work, and doesn't get a processor, isn't told from an idle one by its processor time.
+    """
+    found = {}
+    with contextlib.suppress(OSError):
+        for number in os.listdir(PROC / str(pid) / "task"):
+            with contextlib.suppress(OSError, ValueError):
+                ran, waited = (PROC / str(pid) / "task" / number / "schedstat").read_text().split()[:2]
+                found[int(number)] = (int(ran) + int(waited)) / 1e9
+    return found
+
+
 def memory_resident(pid: int) -> int:
     """Bytes of a process that are in memory; 0 when it is gone."""
     try:
