@@ -128,9 +128,9 @@ NOTES = """## What is measured
 - **the agent**: over its Unix socket. `list` from one client again and again, which isn't sent again what hasn't
   changed; `a client's first time` is all of it. libvirt's Python binding, with its connection open, asks for all states
   at once, and then for each domain's. Small requests: one client, 16 connections, two processors for both; the goal is
-  1,000 a second. An event, from the call that records it, on the disk, to a client that follows; once more while a
-  program for each processor never waits. HTTPS: on a connection that is open, with a token; with a connection of its
-  own the client also asks which VM that is.
+  1,000 a second. An event of a command's, from the call that records it, on the disk, to a client that follows; one of
+  QEMU's, from the time that QEMU gives it, also while a program for each processor never waits. HTTPS: on a connection
+  that is open, with a token; with a connection of its own the client also asks which VM that is.
 - **idle tiny VMs**: booted one by one, 128 MiB each, with their network helpers. Their memory is the sum of all
   processes' proportional sets (what several have is counted once), and beside it by how much the host's available
   memory fell since there were none, which whatever else runs there blurs. With pages merged: after scans find nothing
