@@ -149,6 +149,8 @@ async def memory_of_agent(layout: Layout, host: LocalHost, running: int) -> floa
 async def measured(layout: Layout, count: int) -> Sides:
     """Each case with what its sides took."""
     values: Sides = {}
+    if page_merging.merged().on:
+        raise RuntimeError("the kernel merges pages already, so there is nothing to compare")
     async with LocalHost(layout) as host:
         before = available()
         try:

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not os.access(KSM / "run", os.W_OK), reason="only root may switch page merging on"),
 ]
 MIB = 1 << 20
-SAME = random.Random(1).randbytes(80 * MIB)
+SAME = random.Random(1).randbytes(48 * MIB)
 """No page of it is like another one; each guest gets it."""
 OF_IDLE_GUESTS = 60 * MIB
 """More than guests have in common that do nothing."""
