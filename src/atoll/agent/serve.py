@@ -22,7 +22,7 @@ from atoll.agent.state import State
 from atoll.agent.supervise import supervise
 from atoll.agent.transfers import swept
 from atoll.errors import Busy
-from atoll.host import files, sockets
+from atoll.host import files, page_merging, sockets
 from atoll.host.lease import lease
 from atoll.host.notify import notify
 from atoll.layout import Layout
@@ -112,15 +112,18 @@ async def serve(
     names: Sequence[str] = (),
     rate: float = limits.RATE,
     promises: Promises | None = None,
+    merge_pages: bool = False,
     ready: Callable[[list[str]], None] = lambda shown: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; what is at work then is undone. `names` are the computer's for its certificate.
 
-    A principal may send `rate` requests a second.
+    A principal may send `rate` requests a second. With `merge_pages` the kernel merges equal pages of VMs meanwhile.
     """
     connections = limits.Connections(limits.raise_file_limit())
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
+        if said := stack.enter_context(page_merging.merging(layout.page_merging, wanted=merge_pages)):
+            _log.warning("%s", said)
         stack.enter_context(traces.exported())
         host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True, promises=promises))
         state = stack.enter_context(contextlib.closing(State(layout.agent_state)))

@@ -41,6 +41,12 @@ from atoll.cli.failures import note
     help="Start no VM that would make the memory of all more than so many times the computer's. No limit by default.",
 )
 @click.option("--memory-reserve", default="0", metavar="SIZE", help="What of its memory the computer has for itself.")
+@click.option(
+    "--merge-pages",
+    is_flag=True,
+    help="Root only: let the kernel merge equal pages of VMs' memory (KSM). What one guest has in memory, another can "
+    "find out by timing then; VMs with --isolation strict stay apart.",
+)
 @click.option("--install", is_flag=True, help="Write systemd units that serve from now on, with the other options.")
 @click.option("--uninstall", is_flag=True, help="Remove those units.")
 @click.option("--user", is_flag=True, help="With --install and --uninstall: root's own systemd, not the system's.")
@@ -53,6 +59,7 @@ def serve_command(
     log_format: Literal["text", "json"],
     memory_overcommit: float | None,
     memory_reserve: str,
+    merge_pages: bool,
     install: bool,
     uninstall: bool,
     user: bool,
@@ -68,6 +75,7 @@ def serve_command(
       atoll serve
       atoll serve --install
       atoll serve --memory-overcommit 1.5 --memory-reserve 2GiB
+      atoll serve --merge-pages
       atoll serve --listen :8443 --name vms.example.org
       curl --unix-socket ~/.local/share/atoll/run/agent.sock http://atoll/v1/vms
     """
@@ -95,4 +103,14 @@ def serve_command(
         from atoll.operations.promises import Promises
 
         limit = Promises(overcommit=memory_overcommit, reserve=parse_size(memory_reserve))
-    asyncio.run(serve(layout.find(), addresses=listen, names=name, rate=rate, promises=limit, ready=ready))
+    asyncio.run(
+        serve(
+            layout.find(),
+            addresses=listen,
+            names=name,
+            rate=rate,
+            promises=limit,
+            merge_pages=merge_pages,
+            ready=ready,
+        )
+    )

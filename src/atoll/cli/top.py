@@ -28,7 +28,7 @@ Reading = tuple["AsyncVm", Stats]
 @click.argument("vms", nargs=-1, type=VM, metavar="[VM]...")
 @click.option("--once", is_flag=True, help="One reading, then end.")
 @click.option("--cards", is_flag=True, help="What passes through each network card, a row each.")
-@click.option("--host", "of_host", is_flag=True, help="The computer's memory: promised, used, shared, saved.")
+@click.option("--host", "of_host", is_flag=True, help="The computer's memory: promised, used, shared, saved, merged.")
 @click.option("--interval", type=DURATION, default="2s", help="Time between readings (default: 2s).")
 @format_option
 def top_command(vms: tuple[str, ...], once: bool, cards: bool, of_host: bool, interval: float, format: Format) -> None:
@@ -109,8 +109,8 @@ async def _watch_host(host: "AsyncHost", *, once: bool, interval: float, format:
     while True:
         now = await host.memory()
         if format == "table":
-            headers = ("VMS", "PROMISED", "USED", "SHARED", "SAVED", "AVAILABLE", "OF")
-            sizes = (now.promised, now.used, now.shared, now.saved, now.available, now.total)
+            headers = ("VMS", "PROMISED", "USED", "SHARED", "SAVED", "MERGED", "AVAILABLE", "OF")
+            sizes = (now.promised, now.used, now.shared, now.saved, now.merged, now.available, now.total)
             lines = table_lines(headers, [(str(now.vms), *map(format_size, sizes))], terminal_width())
             screen = not once and sys.stdout.isatty()
             click.echo((_HOME_AND_CLEAR if screen else "") + "\n".join(lines))
