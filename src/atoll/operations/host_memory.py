@@ -11,13 +11,16 @@ from atoll.operations.services import Services
 def host_memory(services: Services) -> HostMemory:
     """A reading of now."""
     computer = facts.memory()
-    running = [vm for vm in services.records.vms() if vm.run is not None and facts.is_alive(vm.run)]
+    vms = services.records.vms()
+    running = [vm for vm in vms if vm.run is not None and facts.is_alive(vm.run)]
     shares = []
     for vm in running:
         assert vm.run is not None
         with contextlib.suppress(StorageFailed):  # It ended just now.
             shares.append(facts.memory_share(vm.run.pid))
     used = sum(each.proportional for each in shares)
+    watch = services.pressure
+    asleep = [vm for vm in vms if vm.run is None and vm.suspended is not None and vm.suspended_because == "memory"]
     return HostMemory(
         total=computer.total,
         available=computer.available,
@@ -26,4 +29,8 @@ def host_memory(services: Services) -> HostMemory:
         used=used,
         shared=used - sum(each.private for each in shares),
         saved=sum(each.resident for each in shares) - used,
+        reserve=watch.reserve if watch is not None else 0,
+        low=watch is not None and watch.low,
+        held_back=sum(watch.held.values()) if watch is not None else 0,
+        asleep=len(asleep),
     )
