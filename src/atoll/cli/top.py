@@ -121,7 +121,7 @@ async def _watch_host(host: "AsyncHost", *, once: bool, interval: float, format:
 
 
 def _of_host(now: HostMemory) -> "Table":
-    """The columns about merged pages and about short memory are there when the one is on or an agent minds the other."""
+    """Columns about merged pages are there when some are, those about short memory when an agent watches over it."""
     headers: tuple[str, ...] = ("VMS", "PROMISED", "USED", "SHARED", "SAVED", "AVAILABLE", "OF")
     sizes = (now.promised, now.used, now.shared, now.saved, now.available, now.total)
     row: tuple[str, ...] = (str(now.vms), *map(format_size, sizes))
