@@ -9,16 +9,8 @@ from typing import Protocol
 from atoll.model.audit import AuditEntry
 from atoll.model.difference import Difference
 from atoll.model.finding import Finding
-from atoll.model.requests import (
-    CreateRequest,
-)
-from atoll.model.vm import (
-    Event,
-    HostMemory,
-    Stopped,
-    Vm,
-    VmInfo,
-)
+from atoll.model.requests import CreateRequest
+from atoll.model.vm import Event, HostMemory, Stopped, Vm, VmInfo
 from atoll.platform.api_parts import AsyncBackups, AsyncGroups, AsyncImages, AsyncNetworks, AsyncOperations, AsyncPools
 from atoll.platform.api_vm import AsyncVm, BundleFile, ByteSink, Connection, Drain, Report, Terminal
 from atoll.platform.copies import AsyncCopies

@@ -9,16 +9,8 @@ from atoll.model.groups import GroupInfo
 from atoll.model.image import Image
 from atoll.model.network import Network, NetworkInfo
 from atoll.model.operation import Operation
-from atoll.model.requests import (
-    BuildRequest,
-    ImportRequest,
-    NetworkRequest,
-    PullRequest,
-)
-from atoll.model.vm import (
-    ExecResult,
-    PoolInfo,
-)
+from atoll.model.requests import BuildRequest, ImportRequest, NetworkRequest, PullRequest
+from atoll.model.vm import ExecResult, PoolInfo
 from atoll.platform.api_vm import AsyncVm, Report
 
 

@@ -19,14 +19,7 @@ from atoll.model.requests import (
 )
 from atoll.model.snapshot import HistoryNode, Snapshot
 from atoll.model.spec import DiskSpec, NicSpec, PortSpec
-from atoll.model.vm import (
-    Change,
-    ExecRequest,
-    ExecResult,
-    ShareInfo,
-    Stats,
-    VmInfo,
-)
+from atoll.model.vm import Change, ExecRequest, ExecResult, ShareInfo, Stats, VmInfo
 from atoll.platform.copies import AsyncCopies
 
 Report = Callable[[Progress], None]

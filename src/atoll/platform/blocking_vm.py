@@ -6,13 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Self
 
 from atoll.model.vm import ExecRequest, ExecResult
-from atoll.platform.api import (
-    AsyncVm,
-    ByteSink,
-    Connection,
-    Report,
-    Terminal,
-)
+from atoll.platform.api import AsyncVm, ByteSink, Connection, Report, Terminal
 from atoll.platform.blocking_calls import Handle, blocking, plain_iterator
 from atoll.platform.copies import Copies
 
