@@ -45,6 +45,7 @@ def some_guests(draw: st.DrawFn) -> list[Guest]:
             floor=floor_of(most, draw(st.one_of(st.none(), sizes))),
             given=given_now,
             available=None if given_now is None else draw(st.one_of(st.none(), st.integers(0, given_now))),
+            mapped=draw(st.booleans()),
             private=draw(sizes),
             activity=draw(st.floats(0, 4)),
             policy=draw(policies),
@@ -93,7 +94,7 @@ def test_each_vm_is_told_one_thing_at_most_and_none_against_its_policy(
             assert act.size <= guest.most
             if act.size < guest.given:
                 assert state.low and policy != "nothing" and guest.policy != "nothing"
-                assert guest.available is not None
+                assert guest.available is not None and not guest.mapped
                 assert act.size >= guest.floor
                 assert guest.available - (guest.given - act.size) >= cushion(guest), "it keeps what it works with"
 

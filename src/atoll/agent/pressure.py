@@ -176,6 +176,7 @@ class Pressure:
                 floor=pressure.floor_of(most, vm.memory_min),
                 given=reading.given if reading is not None else None,
                 available=reading.available if reading is not None else None,
+                mapped=reading is not None and reading.mapped,
                 private=facts.memory_anonymous(vm.run.pid),
                 activity=self._activity(vm.id, vm.run.pid, now),
                 policy=vm.on_memory_pressure,

@@ -54,6 +54,8 @@ class Guest(Struct, frozen=True, kw_only=True):
     """What its balloon leaves it now. None: it has none that answers."""
     available: int | None = None
     """What it could use of that without freeing anything, as its kernel says. None: it doesn't say."""
+    mapped: bool = False
+    """Its memory is a file's until it writes it, as a fork's: the computer gets nothing back from its balloon."""
     private: int = 0
     """What the computer gets back when it is suspended."""
     activity: float = 0.0
@@ -187,7 +189,7 @@ def _when_low(state: State, room: Room, guests: Sequence[Guest], policy: Pressur
 
 def _spare(guest: Guest) -> int:
     """What its balloon can take."""
-    if guest.policy == "nothing" or guest.leaving or guest.given is None or guest.available is None:
+    if guest.policy == "nothing" or guest.leaving or guest.mapped or guest.given is None or guest.available is None:
         return 0
     return max(0, min(guest.given - guest.floor, guest.available - cushion(guest)))
 

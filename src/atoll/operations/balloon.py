@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from atoll.errors import AtollError, WrongState
+from atoll.errors import AtollError, EngineFailed, WrongState
 from atoll.host.sockets import connect
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Vm
@@ -16,6 +16,7 @@ from atoll.operations.services import Services
 from atoll.qemu.monitor import Monitor
 
 PATH = "/machine/peripheral/balloon"
+RAM_PATH = "/objects/ram"
 ANSWER_TIME = 5.0
 """Seconds; a computer without memory may be slow, too."""
 AT_ONCE = 32
@@ -33,6 +34,8 @@ class Reading(Struct, frozen=True, kw_only=True):
     """What the balloon leaves the guest; None when it has none that answers."""
     available: int | None = None
     """What its kernel could use without freeing anything; None when it hasn't said lately."""
+    mapped: bool = False
+    """Its memory is a file's until it writes it. QEMU frees no page of that (and says so of each in its log)."""
 
     @property
     def used(self) -> int | None:
@@ -73,12 +76,18 @@ async def _ask(services: Services, vm: Vm, interval: int) -> Reading:
             await monitor.execute("qom-set", polling, timeout=ANSWER_TIME)
             balloon = await monitor.execute("query-balloon", timeout=ANSWER_TIME)
             said = await monitor.execute("qom-get", {"path": PATH, "property": "guest-stats"}, timeout=ANSWER_TIME)
-        except AtollError:
-            # The guest's driver isn't there: not yet, or never.
+        except EngineFailed:
+            # It has no such device.
             return Reading(running=running)
+        of_ram = await monitor.execute("qom-list", {"path": RAM_PATH}, timeout=ANSWER_TIME)
     available = said["stats"]["stat-available-memory"]
     known = available != _UNKNOWN and time.time() - said["last-update"] <= _FRESH
-    return Reading(running=running, given=balloon["actual"], available=available if known else None)
+    return Reading(
+        running=running,
+        given=balloon["actual"],
+        available=available if known else None,
+        mapped=any(each["name"] == "mem-path" for each in of_ram),
+    )
 
 
 async def move(services: Services, vm: Vm, size: int) -> None:
