@@ -97,7 +97,7 @@ async def test_callers_and_commands_wake_what_nobody_used(host: LocalHost, layou
         info = await vm.info()
         assert (info.phase, info.vm.suspended_because) == (Phase.SUSPENDED, "idle")
         memory = await host.memory()
-        assert memory.asleep == 1 and memory.asleep_memory > 0
+        assert memory.idle == 1 and memory.idle_memory > 0
 
         assert await fetch(port, "/cgi-bin/who") == awake, "the guest sees the same caller as if it hadn't slept"
         assert (await seen.next("vm.woken")).data == {"by": "connection"}

@@ -296,17 +296,26 @@ def thread_ran(pid: int, thread: int) -> float | None:
 
 
 def wanted_seconds(pid: int) -> dict[int, float]:
-    """For how long each thread of a process has run, or waited for a processor to run on; nothing where that isn't told.
+    """For how long each thread of a process has run or waited for a processor; nothing where that isn't told.
 
     Who would work, and doesn't get a processor, isn't told from an idle one by its processor time.
     """
     found = {}
     with contextlib.suppress(OSError):
-        for number in os.listdir(PROC / str(pid) / "task"):
+        for thread in (PROC / f"{pid}/task").iterdir():
             with contextlib.suppress(OSError, ValueError):
-                ran, waited = (PROC / str(pid) / "task" / number / "schedstat").read_text().split()[:2]
-                found[int(number)] = (int(ran) + int(waited)) / 1e9
+                ran, waited = (thread / "schedstat").read_text().split()[:2]
+                found[int(thread.name)] = (int(ran) + int(waited)) / 1e9
     return found
+
+
+def memory_anonymous(pid: int) -> int:
+    """Bytes that a process has in memory without a file behind them; 0 when it is gone. Quicker than `memory_share`."""
+    try:
+        _, resident, of_files, *_ = (PROC / str(pid) / "statm").read_text().split()
+    except OSError:
+        return 0
+    return (int(resident) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory_resident(pid: int) -> int:

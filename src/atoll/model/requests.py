@@ -8,6 +8,7 @@ from msgspec import Struct, field
 from atoll.errors import InvalidInput
 from atoll.model.isolation import IsolationLevel
 from atoll.model.network import Mode
+from atoll.model.pressure import PressurePolicy
 from atoll.model.spec import AcceleratorChoice, Arch, Bus, Firmware, Machine, PortSpec
 from atoll.model.supervision import RestartPolicy
 
@@ -171,6 +172,10 @@ class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Lower numbers are started first, and stopped last."""
     suspend_when_idle: str | float | None = None
     """A time such as `30m`: when nobody has used it for so long, the agent suspends it until somebody does."""
+    memory_min: str | int | None = None
+    """What it is always left when the computer's memory is short; half of its memory when None."""
+    on_memory_pressure: PressurePolicy = "suspend"
+    """What the agent may do to it then."""
 
 
 class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -201,6 +206,8 @@ class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     boot_order: int | None = None
     suspend_when_idle: str | float | None = None
     """A time such as `30m`, or `never`."""
+    memory_min: str | int | None = None
+    on_memory_pressure: PressurePolicy | None = None
 
 
 class ImportRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,6 +6,7 @@ from msgspec import Struct, field
 
 from atoll.model.isolation import Isolation
 from atoll.model.names import SHORT_ID
+from atoll.model.pressure import PressurePolicy
 from atoll.model.snapshot import Memory
 from atoll.model.spec import VmSpec
 from atoll.model.state import Phase, Trouble
@@ -76,6 +77,12 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Lower numbers are started first, and stopped last; those of one number side by side."""
     suspend_when_idle: float | None = None
     """Seconds for which nobody uses it, after which the agent suspends it. The VM's own as well."""
+    memory_min: int | None = None
+    """What it is always left when the computer's memory is short; None for half of what it has. The VM's own as well,
+    and the next one.
+    """
+    on_memory_pressure: PressurePolicy = "suspend"
+    """What a host's agent may do to it then."""
 
     @property
     def sleeps(self) -> bool:
@@ -186,10 +193,22 @@ class HostMemory(Struct, frozen=True, kw_only=True):
     shared: int
     """The part of it that several have mapped: memory of forks that none has written to yet, QEMU's own program."""
     saved: int
-    """What those that run would take besides if each had its own of what they share."""
+    """What those that run would take besides if each had its own of what they share, merged pages left out."""
+    merging: bool = False
+    """Whether the kernel merges equal pages (`atoll serve --merge-pages`)."""
+    merged: int = 0
+    """What they would take besides without that."""
+    reserve: int = 0
+    """What the computer's agent keeps for it; 0 without an agent that does. The rest is the agent's, too."""
+    low: bool = False
+    """There is less than that."""
+    held_back: int = 0
+    """What balloons hold back of what VMs were promised."""
     asleep: int = 0
-    """How many VMs sleep since nobody used them, or since memory ran out."""
-    asleep_memory: int = 0
+    """VMs that were suspended since memory was short; they go on when there is some."""
+    idle: int = 0
+    """VMs that were suspended since nobody used them."""
+    idle_memory: int = 0
     """What those had in the computer's memory, and have on its disk now."""
 
 

@@ -104,6 +104,8 @@ async def _resolved(request: CreateRequest, services: Services) -> NewVm:
         autostart=request.autostart,
         boot_order=request.boot_order,
         suspend_when_idle=when_idle,
+        memory_min=resolve.check_floor(spec.memory, request.memory_min),
+        on_memory_pressure=request.on_memory_pressure,
     )
     nvram = image.nvram if image is not None and spec.boot.firmware == "uefi" else None
     return NewVm(vm=vm, nvram=nvram, copy=image is not None and image.copy)
