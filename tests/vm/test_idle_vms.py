@@ -174,6 +174,7 @@ async def test_the_next_agent_listens_again(host: LocalHost, layout: Layout, num
     async with agent(layout) as first:
         vm = await web_server(host, port, suspend_when_idle=SOON)
         await seen.asleep()
+        await has_bell(layout, vm)
         await first.end(number)
     with pytest.raises(ConnectionRefusedError):
         await fetch(port)
@@ -185,6 +186,13 @@ async def test_the_next_agent_listens_again(host: LocalHost, layout: Layout, num
     # Without an agent nobody listens; a command still wakes it.
     assert (await vm.exec(["echo", "here"])).text == "here"
     assert await fetch(port) == "alive"
+
+
+async def has_bell(layout: Layout, vm: LocalVm) -> None:
+    """Until the agent has done all that belongs to its sleep; killed before, it leaves something to recover."""
+    async with asyncio.timeout(60):
+        while not layout.vm(vm.id).socket("bell").exists():
+            await asyncio.sleep(0.05)
 
 
 async def until_open(port: int) -> None:
@@ -230,6 +238,7 @@ async def test_it_says_so_when_another_program_has_the_port_or_it_cant_wake(host
     async with agent(layout) as first:
         vm = await web_server(host, port, suspend_when_idle=SOON)
         await seen.asleep()
+        await has_bell(layout, vm)
         await first.end(signal.SIGKILL)
     with socket.socket() as thief:
         thief.bind(("127.0.0.1", port))
