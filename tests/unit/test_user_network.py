@@ -296,7 +296,7 @@ def test_one_that_can_t_be_guarded_isn_t_used(network: UserNetwork, monkeypatch:
     def refuse(*_: object) -> int:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(frame_filter, "_copied", refuse)
+    monkeypatch.setattr(frame_filter, "copied", refuse)
     with pytest.raises(EngineFailed, match="can't be made safe"):
         open_link(network)
     assert helper_of(Path(network.control)) is None
