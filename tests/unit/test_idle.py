@@ -114,3 +114,14 @@ def test_only_what_is_for_a_sleeping_card_rings(rest: bytes) -> None:
     asked = everybody + other + b"\x08\x06" + bytes(24)
     assert passes(asked + bytes([10, 0, 2, 15]) + rest, listing)
     assert not passes(asked + bytes([10, 0, 2, 16]) + rest, listing)
+    probed = own + other + b"\x08\x06" + bytes(24) + bytes([10, 0, 2, 15])
+    assert not passes(probed + rest, listing), "who knows where it is, and asks whether it still is there"
+
+
+@given(st.sampled_from([bytes.fromhex("525400010203"), b"\xff" * 6, bytes(6)]), st.binary(min_size=36, max_size=60))
+def test_both_forms_of_the_filter_say_the_same(to: bytes, rest: bytes) -> None:
+    mac, address = "52:54:00:01:02:03", "10.0.2.15"
+    for kind in (b"\x08\x06", b"\x08\x00"):
+        for about in (bytes([10, 0, 2, 15]), bytes(4)):
+            frame = to + bytes(6) + kind + rest[:24] + about + rest[24:]
+            assert passes(frame, frame_filter.calls(mac, address)) == frame_filter.is_call(frame, mac, address)

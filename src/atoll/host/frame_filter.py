@@ -184,7 +184,10 @@ def _of_ipv6() -> list[Step]:
 
 
 def calls(mac: str, address: str) -> list[Step]:
-    """A filter for the end of a machine that sleeps: what is for its card alone, and who asks for its address."""
+    """A filter for the end of a machine that sleeps: what is for its card alone, and who asks all for its address.
+
+    Who knows where it is asks it alone now and then whether it still is: that is no call.
+    """
     hardware = bytes.fromhex(mac.replace(":", ""))
     return [
         ("", _HALF, _KIND, "", ""),
@@ -193,11 +196,20 @@ def calls(mac: str, address: str) -> list[Step]:
         ("", _EQUAL, int.from_bytes(hardware[:4], "big"), "", "drop"),
         ("", _HALF, 4, "", ""),
         ("", _EQUAL, int.from_bytes(hardware[4:], "big"), "pass", "drop"),
-        ("asks", _WORD, _ASKED_FOR, "", ""),
+        ("asks", _WORD, 0, "", ""),
+        ("", _EQUAL, 0xFFFFFFFF, "", "drop"),
+        ("", _WORD, _ASKED_FOR, "", ""),
         ("", _EQUAL, int.from_bytes(socket.inet_aton(address), "big"), "pass", "drop"),
         ("pass", _RETURN, _PASS, "", ""),
         ("drop", _RETURN, 0, "", ""),
     ]
+
+
+def is_call(frame: bytes, mac: str, address: str) -> bool:
+    """Whether that filter lets a frame pass."""
+    if frame[_KIND : _KIND + 2] == b"\x08\x06":
+        return frame[:4] == b"\xff" * 4 and frame[_ASKED_FOR : _ASKED_FOR + 4] == socket.inet_aton(address)
+    return frame[:6] == bytes.fromhex(mac.replace(":", ""))
 
 
 def program(rules: Rules) -> bytes:

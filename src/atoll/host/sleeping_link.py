@@ -84,13 +84,18 @@ def _is_pipe(descriptor: int, access: int) -> bool:
 
 
 def drain(descriptor: int, *, mac: str, address: str) -> None:
-    """Drop what had come before the filter was there, and isn't for the card, up to the first frame that is."""
+    """Drop what had come before the filter was there, and isn't for the card, up to the first frame that is.
+
+    A tap's frames can't be looked at without being taken: who sent that one sends it again.
+    """
     if not _is_socket(descriptor):
+        with contextlib.suppress(BlockingIOError):
+            while not frame_filter.is_call(os.read(descriptor, _FRAME)[len(_TAP_HEADER) :], mac, address):
+                pass
         return
     with socket.socket(fileno=os.dup(descriptor)) as end, contextlib.suppress(OSError):
         while frame := end.recv(_FRAME, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-            asked = frame[12:14] == b"\x08\x06" and frame[38:42] == socket.inet_aton(address)
-            if asked or frame[:6] == bytes.fromhex(mac.replace(":", "")):
+            if frame_filter.is_call(frame, mac, address):
                 return
             end.recv(_FRAME, socket.MSG_DONTWAIT)
 
