@@ -23,6 +23,18 @@ from atoll.operations.wake import wake
 REST = 5.0
 """Seconds after a start that failed in which callers wait: they don't make the computer try again and again."""
 
+CLOSE_TIMEOUT = 45.0
+"""Seconds that suspensions and wakes have when the agent ends."""
+
+
+async def finished(tasks: list[asyncio.Task[None]]) -> None:
+    """Let what is at work come to its end: cut off behind its point of no return, an operation would be stuck."""
+    if tasks:
+        _, late = await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT)
+        for each in late:
+            each.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
 
 class Bell:
     """One VM's: its networks, and the socket at which who starts it gets them."""
@@ -99,9 +111,7 @@ class Bells:
         """What stands in the way of bells that can't be hung up."""
 
     async def close(self) -> None:
-        for task in self._work.values():
-            task.cancel()
-        await asyncio.gather(*self._work.values(), return_exceptions=True)
+        await finished(list(self._work.values()))
         for bell in self._bells.values():
             bell.close()
         for kept in (self._services.inherits or {}).values():

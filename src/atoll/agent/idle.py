@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import time
 
-from atoll.agent.bells import Bells
+from atoll.agent.bells import Bells, finished
 from atoll.agent.recover import Tell
 from atoll.errors import AtollError
 from atoll.host import facts
@@ -76,9 +76,7 @@ class _Watch:
         self._places = asyncio.Semaphore(_TOGETHER)
 
     async def close(self) -> None:
-        for task in self._suspending.values():
-            task.cancel()
-        await asyncio.gather(*self._suspending.values(), return_exceptions=True)
+        await finished(list(self._suspending.values()))
 
     async def follow(self) -> None:
         last = self._services.records.last_event()
