@@ -11,6 +11,7 @@ from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from atoll.errors import NetworkFailed
+from atoll.host.sockets import keep_alive
 from atoll.model.streams import STDERR, STDOUT, ExecOpening, Resize, ShellOpening, StreamState
 from atoll.model.vm import ExecRequest, ExecResult
 from atoll.platform import routes
@@ -19,6 +20,8 @@ from atoll.platform.reach import lost, why_not
 from atoll.platform.wire import Wire, error_of, refused
 
 Stdin = bytes | AsyncIterator[bytes] | None
+PIECE = 256 << 10
+"""Bytes of one message; the agent takes up to four times as much."""
 
 
 async def open_socket(wire: Wire, path: str) -> ClientConnection:
@@ -27,10 +30,14 @@ async def open_socket(wire: Wire, path: str) -> ClientConnection:
     headers = [("Authorization", f"Bearer {place.token}")] if place.token is not None else []
     url = place.url.replace("http", "ws", 1) + routes.VERSION + path
     options: dict[str, Any] = {"additional_headers": headers, "compression": None, "max_size": None, "proxy": None}
+    # An agent whose guest takes its time answers no ping meanwhile: TCP tells whether it is there.
+    options["ping_interval"] = None
     try:
         if wire.socket is not None:
             return await unix_connect(wire.socket, url, **options)
-        return await connect(url, ssl=place.tls, **options)
+        connected = await connect(url, ssl=place.tls, **options)
+        keep_alive(connected.transport.get_extra_info("socket"))
+        return connected
     except InvalidStatus as error:
         raise refused(error.response.status_code, bytes(error.response.body or b"")) from error
     except (OSError, WebSocketException, TimeoutError) as error:
@@ -79,11 +86,12 @@ async def _send(socket: ClientConnection, stdin: Stdin) -> None:
     if stdin is None:
         return
     if isinstance(stdin, bytes):
-        await socket.send(stdin)
+        for start in range(0, len(stdin), PIECE):
+            await socket.send(stdin[start : start + PIECE])
     else:
         async for piece in stdin:
-            if piece:
-                await socket.send(piece)
+            for start in range(0, len(piece), PIECE):
+                await socket.send(piece[start : start + PIECE])
     await socket.send(b"")
 
 
@@ -114,7 +122,8 @@ class RemoteTerminal:
 
     async def write(self, data: bytes) -> None:
         with contextlib.suppress(ConnectionClosed):
-            await self._socket.send(data)
+            for start in range(0, len(data), PIECE):
+                await self._socket.send(data[start : start + PIECE])
 
     async def resize(self, *, rows: int, columns: int) -> None:
         with contextlib.suppress(ConnectionClosed):
@@ -158,9 +167,9 @@ class RemoteConnection:
         return message
 
     async def write(self, data: bytes) -> None:
-        # An empty message would say that nothing more comes.
-        if data:
-            await self._send(data)
+        # An empty message would say that nothing more comes; there is none for no data.
+        for start in range(0, len(data), PIECE):
+            await self._send(data[start : start + PIECE])
 
     async def _send(self, data: bytes) -> None:
         with contextlib.suppress(ConnectionClosed):
