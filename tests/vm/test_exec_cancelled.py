@@ -90,9 +90,7 @@ async def host(request: pytest.FixtureRequest, layout: Layout) -> AsyncIterator[
         place = Place(url="http://atoll", socket=str(layout.agent_socket))
         if request.param == "https":
             url = await stack.enter_async_context(remote_agent(layout))
-            place = Place(
-                url=url, token=Tokens(layout.tokens).create("ci", scope="operate")[1], tls=trusting(layout)
-            )
+            place = Place(url=url, token=Tokens(layout.tokens).create("ci", scope="operate")[1], tls=trusting(layout))
         else:
             await stack.enter_async_context(agent(layout))
         reached = await stack.enter_async_context(RemoteHost(place))

@@ -97,6 +97,7 @@ async def listen_remotely(
     if not addresses:
         yield []
         return
+    tls.spare()
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(tls.listening(each)) for each in addresses]
         identity = tls.Identity(layout, names)
