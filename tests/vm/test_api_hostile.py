@@ -23,6 +23,8 @@ from atoll.store.tokens import Tokens
 
 pytestmark = pytest.mark.vm
 MIB = 1 << 20
+PATIENCE = 20.0
+"""Seconds for others, on a computer that has much else to do: that they are answered at all while it goes on."""
 JSON = {"Content-Type": "application/json"}
 BODIES = {
     "deep lists": b'{"image":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
@@ -115,7 +117,7 @@ async def test_silent_strangers_cost_little(layout: Layout) -> None:
             await asyncio.open_connection("127.0.0.1", port, ssl=trusting(layout), server_hostname="127.0.0.1")
             for _ in range(100)
         ]
-        await answers_others(layout, 1.0)
+        await answers_others(layout, 1.0, within=PATIENCE)
         assert memory(served.pid) - before < 90 * MIB, "with asyncio's own buffers they would be 150"
         # They are cut off: first those that never say who they are.
         async with asyncio.timeout(60):
@@ -172,7 +174,7 @@ async def test_who_never_reads_doesnt_fill_the_agents_memory(
                 writer.write(b"GET /v1/events?after=0 HTTP/1.1\r\nHost: x\r\n\r\n")
             for count in range(300):
                 await client.post("/v1/groups", json={"name": f"g{count}"})
-        await answers_others(layout, 5.0)
+        await answers_others(layout, 5.0, within=PATIENCE)
         assert memory(pid) - before < 150 * MIB
     vm = await host.get("web")
     async with asyncio.timeout(60):
@@ -202,7 +204,7 @@ async def test_messages_without_end_are_cut_off(busy_guest: tuple[int, RemoteHos
         for _ in range(5):
             floods.create_task(flood("/v1/vms/web/exec", asked))
             floods.create_task(flood("/v1/vms/web/exec", None))
-        await answers_others(layout, 3.0)
+        await answers_others(layout, 3.0, within=PATIENCE)
     assert memory(pid) - before < 150 * MIB
 
 
@@ -215,8 +217,8 @@ async def test_ten_thousand_handshakes_that_never_end(layout: Layout) -> None:
         made = []
         for _ in range(10_000):
             made.append(await asyncio.open_connection("127.0.0.1", port))  # noqa: PERF401
-        await answers_others(layout, 3.0)
+        await answers_others(layout, 3.0, within=PATIENCE)
         assert memory(served.pid) - before < 1024 * MIB
         for _, writer in made:
             writer.close()
-        await answers_others(layout, 1.0)
+        await answers_others(layout, 1.0, within=PATIENCE)

@@ -34,8 +34,8 @@ _PEER = struct.Struct("iII")
 
 def spare() -> None:
     """Of each connection asyncio keeps 256 KiB, and waits a minute for its handshake: for strangers, that is much."""
-    sslproto.SSLProtocol.max_size = RECORD  # type: ignore[attr-defined]
-    constants.SSL_HANDSHAKE_TIMEOUT = HANDSHAKE_TIMEOUT  # type: ignore[attr-defined]
+    sslproto.SSLProtocol.max_size = RECORD
+    constants.SSL_HANDSHAKE_TIMEOUT = HANDSHAKE_TIMEOUT
 
 
 class Identity:

@@ -13,7 +13,7 @@ from atoll.errors import Busy, GuestFailed
 from atoll.layout import VmPaths
 from atoll.operations import guest_scripts
 from atoll.operations.guest_agent import exchange
-from atoll.operations.guest_capture import kill_tree
+from atoll.operations.guest_capture import kill_tree, to_its_end
 from atoll.operations.guest_slot import SH, Relay, Slot, forget
 from atoll.operations.guest_stream import OutputStream
 from atoll.qemu.guest import Agent, Refused, UnknownProcess
@@ -29,8 +29,6 @@ FIRST_LOOK, LONGEST_LOOK = 2.0, 30.0
 """Seconds without a byte after which the agent is asked whether the command is still there."""
 GREETING = 60.0
 """Seconds for new relays to say that they are ready, in a guest that has much to do."""
-STARTING = 10.0
-"""Seconds for the agent to tell the number of a command that nobody wants any more."""
 
 
 class LostCommand(GuestFailed):
@@ -84,9 +82,11 @@ class Running:
         try:
             self.pid = await asyncio.shield(starting)
         except asyncio.CancelledError:
-            with contextlib.suppress(GuestFailed, TimeoutError):
-                self.pid = await asyncio.wait_for(starting, STARTING)
+            await to_its_end(self._numbered(starting))
             raise
+
+    async def _numbered(self, starting: "asyncio.Future[int]") -> None:
+        self.pid = await starting
 
     async def _greeted(self, agent: Agent, relay: Relay) -> bool:
         """Wait for the first marks of new relays; false if they end instead."""
