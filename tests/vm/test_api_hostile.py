@@ -108,6 +108,7 @@ async def test_what_no_program_would_send_is_refused_as_that(layout: Layout, cap
     assert "Traceback" not in capfd.readouterr().err, "strangers don't fill its log"
 
 
+@pytest.mark.slow
 async def test_silent_strangers_cost_little(layout: Layout) -> None:
     port = free_port()
     async with agent(layout, "--listen", f"127.0.0.1:{port}") as served:
