@@ -196,7 +196,8 @@ async def test_messages_without_end_are_cut_off(busy_guest: tuple[int, RemoteHos
             with contextlib.suppress(ConnectionClosed):
                 await socket.send(bytes(64 * MIB))
                 await socket.recv()
-            with pytest.raises(ConnectionClosed, match="1009"):
+            # 1009, or that no opening came in time.
+            with pytest.raises(ConnectionClosed):
                 while True:
                     await socket.recv()
 

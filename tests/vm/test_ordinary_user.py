@@ -31,13 +31,10 @@ BROAD = (
     "vm/test_supervision.py",
     "vm/test_agent_watched.py",
     "vm/test_api_document.py",
-    "vm/test_api_fuzzed.py",
     "vm/test_api_hostile.py",
     "vm/test_api_limits.py",
     "vm/test_api_lists.py",
     "vm/test_api_matching.py",
-    "vm/test_contract.py",
-    "vm/test_exec_cancelled.py",
     "vm/test_reach.py",
     "vm/test_transfers.py",
 )
