@@ -86,13 +86,16 @@ async def _send(socket: ClientConnection, stdin: Stdin) -> None:
     if stdin is None:
         return
     if isinstance(stdin, bytes):
-        for start in range(0, len(stdin), PIECE):
-            await socket.send(stdin[start : start + PIECE])
+        await _send_all(socket, stdin)
     else:
         async for piece in stdin:
-            for start in range(0, len(piece), PIECE):
-                await socket.send(piece[start : start + PIECE])
+            await _send_all(socket, piece)
     await socket.send(b"")
+
+
+async def _send_all(socket: ClientConnection, data: bytes) -> None:
+    for begin in range(0, len(data), PIECE):
+        await socket.send(data[begin : begin + PIECE])
 
 
 def _end(message: str) -> int | None:
@@ -122,8 +125,7 @@ class RemoteTerminal:
 
     async def write(self, data: bytes) -> None:
         with contextlib.suppress(ConnectionClosed):
-            for start in range(0, len(data), PIECE):
-                await self._socket.send(data[start : start + PIECE])
+            await _send_all(self._socket, data)
 
     async def resize(self, *, rows: int, columns: int) -> None:
         with contextlib.suppress(ConnectionClosed):
@@ -167,16 +169,13 @@ class RemoteConnection:
         return message
 
     async def write(self, data: bytes) -> None:
-        # An empty message would say that nothing more comes; there is none for no data.
-        for start in range(0, len(data), PIECE):
-            await self._send(data[start : start + PIECE])
-
-    async def _send(self, data: bytes) -> None:
+        # An empty message, of which this sends none, would say that nothing more comes.
         with contextlib.suppress(ConnectionClosed):
-            await self._socket.send(data)
+            await _send_all(self._socket, data)
 
     async def end(self) -> None:
-        await self._send(b"")
+        with contextlib.suppress(ConnectionClosed):
+            await self._socket.send(b"")
 
     async def close(self) -> None:
         await self._socket.close()
