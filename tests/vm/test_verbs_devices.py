@@ -65,10 +65,11 @@ async def test_a_guest_uses_the_cpus_that_it_takes(factory: Factory) -> None:
 
 async def test_memory_moves_with_the_balloon_and_grows_at_the_next_start(factory: Factory) -> None:
     vm = await factory.run("tiny", name="v", memory="128MiB")
-    before = int(await vm.sh("free | awk '/Mem/ {print $2}'"))
+    # A guest that may take back what its balloon holds goes on counting it as its own, as used.
+    before, free = map(int, (await vm.sh("free | awk '/Mem/ {print $2, $4}'")).split())
     (less,) = await vm.set(SetRequest(memory="100MiB"))
     assert told([less]) == [("memory", "100MiB", "now")]
-    await until(vm, f"[ $(free | awk '/Mem/ {{print $2}}') -lt {before - 20_000} ]")
+    await until(vm, f"[ $(free | awk '/Mem/ {{print $4}}') -lt {free - 20_000} ]")
     (more,) = await vm.set(SetRequest(memory="160MiB"))
     assert told([more]) == [("memory", "160MiB", "next-start")]
     assert more.why == "it was started with 128MiB"

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -35,11 +35,13 @@ SECRETS = ("password_hash", "user_data")
 class Agent:
     """What the handlers share."""
 
-    def __init__(self, host: LocalHost, access: Access) -> None:
+    def __init__(self, host: LocalHost, access: Access, *, scraped: Callable[[], None] = lambda: None) -> None:
+        """`scraped` is told that somebody reads the metrics."""
         self.host = host
         self.access = access
         self.tasks = Tasks()
         self.meter = Meter()
+        self.scraped = scraped
 
 
 def handler_of(call: Call, agent: Agent) -> HTTPRouteHandler:

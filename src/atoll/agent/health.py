@@ -31,6 +31,7 @@ def health_handlers(agent: Agent) -> list[HTTPRouteHandler]:
     @get("/metrics", tags=["host"], operation_id="agent_metrics", opt={"scope": "read"})
     async def metrics() -> Response[str]:
         """All figures, as Prometheus reads them."""
+        agent.scraped()
         vms = await agent.host.ls()
         text = await scrape(vms, agent.host.services, agent.meter, tasks=agent.tasks.running())
         return Response(text, headers={"Content-Type": TYPE})

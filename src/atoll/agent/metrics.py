@@ -110,6 +110,7 @@ async def scrape(vms: list[VmInfo], services: Services, meter: Meter, *, tasks: 
     readings, own = await asyncio.to_thread(_read_all, pids, os.getpid())
     families = [
         *_of_vms(vms, readings),
+        *_of_pressure(vms, services),
         await _of_cards(vms, services),
         *_of_host(vms, services),
         *_of_agent(own, tasks),
@@ -147,6 +148,27 @@ def _of_vms(vms: list[VmInfo], readings: dict[str, Reading]) -> list[Family]:
             disk.add(reading.io["read_bytes"], **labels, direction="read")
             disk.add(reading.io["write_bytes"], **labels, direction="written")
     return [phase, cpu, given, resident, shared, private, merged, disk]
+
+
+def _of_pressure(vms: list[VmInfo], services: Services) -> list[Family]:
+    """What the watch over the memory knows; guests are asked while somebody reads this, the first reader has none."""
+    balloon = Family("atoll_vm_memory_balloon_bytes", "gauge", "What the balloon holds back of what it was given.")
+    used = Family("atoll_vm_memory_guest_used_bytes", "gauge", "What the guest needs of it, as its kernel says.")
+    reserve = Family("atoll_host_memory_reserve_bytes", "gauge", "What is kept available for the host.")
+    low = Family("atoll_host_memory_low", "gauge", "1 while less than that is available.")
+    asleep = Family("atoll_host_vms_suspended_for_memory", "gauge", "VMs that sleep until there is memory for them.")
+    if (watch := services.pressure) is None:
+        return []
+    for each in vms:
+        labels = {"vm": each.vm.name, "id": each.vm.id}
+        if each.vm.run is not None:
+            balloon.add(watch.held.get(each.vm.id, 0), **labels)
+        if each.vm.id in watch.used:
+            used.add(watch.used[each.vm.id], **labels)
+    reserve.add(watch.reserve)
+    low.add(int(watch.low))
+    asleep.add(watch.asleep)
+    return [balloon, used, reserve, low, asleep]
 
 
 async def _of_cards(vms: list[VmInfo], services: Services) -> Family:

@@ -18,6 +18,7 @@ from atoll.agent.access import Access, Door
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
 from atoll.agent.metrics import Measured
+from atoll.agent.pressure import Pressure
 from atoll.agent.state import State
 from atoll.agent.supervise import supervise
 from atoll.agent.transfers import swept
@@ -27,6 +28,7 @@ from atoll.host.lease import lease
 from atoll.host.notify import notify
 from atoll.layout import Layout
 from atoll.model.names import new_id
+from atoll.model.pressure import PressurePolicy
 from atoll.operations.promises import Promises
 from atoll.platform.local import LocalHost
 from atoll.platform.wire import AGENT_HEADER
@@ -105,38 +107,48 @@ async def listen_remotely(
         yield [Listener(socket=each, via="remote", shown=tls.shown(each), tls=identity.context) for each in servers]
 
 
-async def serve(
-    layout: Layout,
-    *,
-    addresses: Sequence[str] = (),
-    names: Sequence[str] = (),
-    rate: float = limits.RATE,
-    promises: Promises | None = None,
-    merge_pages: bool = False,
-    ready: Callable[[list[str]], None] = lambda shown: None,
-) -> None:
-    """Serve until SIGTERM or SIGINT; what is at work then is undone. `names` are the computer's for its certificate.
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be chosen of an agent."""
 
-    A principal may send `rate` requests a second. With `merge_pages` the kernel merges equal pages of VMs meanwhile.
-    """
+    addresses: Sequence[str] = ()
+    names: Sequence[str] = ()
+    """The computer's, for its certificate."""
+    rate: float = limits.RATE
+    """Requests that a principal may send in a second."""
+    overcommit: float | None = None
+    """How many times the computer's memory may be promised; None for no limit."""
+    reserve: int | None = None
+    """Bytes of its memory that are the computer's own; None for what fits."""
+    on_memory_pressure: PressurePolicy = "suspend"
+    merge_pages: bool = False
+    """The kernel merges equal pages of VMs meanwhile."""
+
+    @property
+    def promises(self) -> Promises | None:
+        return None if self.overcommit is None else Promises(overcommit=self.overcommit, reserve=self.reserve or 0)
+
+
+async def serve(layout: Layout, options: Options, *, ready: Callable[[list[str]], None] = lambda shown: None) -> None:
+    """Serve until SIGTERM or SIGINT; what is at work then is undone."""
     connections = limits.Connections(limits.raise_file_limit())
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
-        if said := stack.enter_context(page_merging.merging(layout.page_merging, wanted=merge_pages)):
+        if said := stack.enter_context(page_merging.merging(layout.page_merging, wanted=options.merge_pages)):
             _log.warning("%s", said)
         stack.enter_context(traces.exported())
-        host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True, promises=promises))
+        host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True, promises=options.promises))
         state = stack.enter_context(contextlib.closing(State(layout.agent_state)))
-        agent = Agent(host, Access(layout))
+        pressure = Pressure(host, policy=options.on_memory_pressure, reserve=options.reserve, tell=_log.warning)
+        agent = Agent(host, Access(layout), scraped=pressure.scraped)
         agent.tasks.keep_in(state)
         listeners = [
             stack.enter_context(listen_locally(layout)),
-            *await stack.enter_async_context(listen_remotely(layout, addresses, names)),
+            *await stack.enter_async_context(listen_remotely(layout, options.addresses, options.names)),
         ]
         for told in host.notices():
             _log.warning("%s", told)
         ending = _ending_signals(stack)
-        app = limits.Limited(Measured(make_app(agent), agent.meter), rate=rate)
+        app = limits.Limited(Measured(make_app(agent), agent.meter), rate=options.rate)
         watching = asyncio.create_task(agent.access.watch())
         servers = [_server(Door(app, agent.access, each.via), each, connections) for each in listeners]
         serving = [
@@ -144,15 +156,16 @@ async def serve(
             for server, each in zip(servers, listeners, strict=True)
         ]
         await stack.enter_async_context(swept(layout))
-        supervising = asyncio.create_task(supervise(host, state, tell=_log.warning))
+        watches = [asyncio.create_task(each) for each in (supervise(host, state, tell=_log.warning), pressure.watch())]
         ready([each.shown for each in listeners])
         notify("READY=1")
         ended = asyncio.create_task(ending.wait())
         await asyncio.wait([ended, *serving], return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
         notify("STOPPING=1")
-        supervising.cancel()
-        await asyncio.wait([supervising])
+        for each in watches:
+            each.cancel()
+        await asyncio.wait(watches)
         await agent.tasks.close(CLOSE_TIMEOUT)
         for server in servers:
             server.should_exit = True

@@ -47,6 +47,7 @@ def set_command(vm: str, labels: tuple[str, ...], unlabels: tuple[str, ...], for
       atoll set web --cpu-limit 1.5 --io-limit 50MiB
       atoll set web --label tier=front --unlabel test
       atoll set web --restart on-failure --autostart --boot-order 10
+      atoll set web --memory-min 512MiB --on-memory-pressure balloon
     """
     from atoll.cli.session import perform
 

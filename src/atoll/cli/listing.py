@@ -13,7 +13,7 @@ from atoll.model.vm import VmInfo
 
 if TYPE_CHECKING:
     from atoll.model.spec import LimitSpec, NicSpec, VmSpec
-    from atoll.model.vm import ShareInfo
+    from atoll.model.vm import ShareInfo, Vm
     from atoll.platform.api import AsyncHost
 
 
@@ -151,7 +151,17 @@ def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]
         ("Restart", "" if vm.restart == "never" else vm.restart),
         ("At boot", "it is started" if vm.autostart else ""),
         ("Boot order", str(vm.boot_order) if vm.boot_order else ""),
+        ("Memory is short", _under_pressure(vm)),
     ]
+
+
+def _under_pressure(vm: "Vm") -> str:
+    from atoll.model.pressure import floor_of
+
+    if vm.on_memory_pressure == "nothing":
+        return "nothing is done to it"
+    floor = format_size(floor_of(vm.spec.memory, vm.memory_min))
+    return f"it is left at least {floor}" + (", or suspended" if vm.on_memory_pressure == "suspend" else "")
 
 
 def _limits(limits: "LimitSpec") -> str:

@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from atoll.cli.failures import note
+
+if TYPE_CHECKING:
+    from atoll.model.pressure import PressurePolicy
 
 
 @click.command("serve")
@@ -40,7 +43,18 @@ from atoll.cli.failures import note
     metavar="RATIO",
     help="Start no VM that would make the memory of all more than so many times the computer's. No limit by default.",
 )
-@click.option("--memory-reserve", default="0", metavar="SIZE", help="What of its memory the computer has for itself.")
+@click.option(
+    "--memory-reserve",
+    metavar="SIZE",
+    help="What of its memory the computer has for itself (default: a sixteenth, 256MiB to 4GiB, for what runs).",
+)
+@click.option(
+    "--on-memory-pressure",
+    type=click.Choice(["suspend", "balloon", "nothing"]),
+    default="suspend",
+    show_default=True,
+    help="What is done when less than that is available: VMs are suspended, only their balloons moved, or nothing.",
+)
 @click.option(
     "--merge-pages",
     is_flag=True,
@@ -58,7 +72,8 @@ def serve_command(
     rate: float,
     log_format: Literal["text", "json"],
     memory_overcommit: float | None,
-    memory_reserve: str,
+    memory_reserve: str | None,
+    on_memory_pressure: "PressurePolicy",
     merge_pages: bool,
     install: bool,
     uninstall: bool,
@@ -76,6 +91,7 @@ def serve_command(
       atoll serve --install
       atoll serve --memory-overcommit 1.5 --memory-reserve 2GiB
       atoll serve --merge-pages
+      atoll serve --on-memory-pressure balloon
       atoll serve --listen :8443 --name vms.example.org
       curl --unix-socket ~/.local/share/atoll/run/agent.sock http://atoll/v1/vms
     """
@@ -88,7 +104,8 @@ def serve_command(
         return
     from atoll import layout
     from atoll.agent import logs
-    from atoll.agent.serve import serve
+    from atoll.agent.serve import Options, serve
+    from atoll.model.units import parse_size
 
     logs.configure(log_format)
     tell = note if log_format == "text" else logging.getLogger("atoll.agent").info
@@ -97,20 +114,13 @@ def serve_command(
         for each in reversed(shown):
             tell(f"listening on {each}")
 
-    limit = None
-    if memory_overcommit is not None:
-        from atoll.model.units import parse_size
-        from atoll.operations.promises import Promises
-
-        limit = Promises(overcommit=memory_overcommit, reserve=parse_size(memory_reserve))
-    asyncio.run(
-        serve(
-            layout.find(),
-            addresses=listen,
-            names=name,
-            rate=rate,
-            promises=limit,
-            merge_pages=merge_pages,
-            ready=ready,
-        )
+    options = Options(
+        addresses=listen,
+        names=name,
+        rate=rate,
+        overcommit=memory_overcommit,
+        reserve=None if memory_reserve is None else parse_size(memory_reserve),
+        on_memory_pressure=on_memory_pressure,
+        merge_pages=merge_pages,
     )
+    asyncio.run(serve(layout.find(), options, ready=ready))

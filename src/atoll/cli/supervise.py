@@ -5,6 +5,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from atoll.model.pressure import PressurePolicy
 from atoll.model.supervision import RestartPolicy
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,5 +26,14 @@ def supervision(default: RestartPolicy | None) -> tuple[Callable[[F], F], ...]:
         click.option(
             "--boot-order", type=int, metavar="N", default=0 if fresh else None,
             help="Lower numbers are started first, and stopped last (0 to 1000).",
+        ),
+        click.option(
+            "--memory-min", metavar="SIZE",
+            help="What it is left when this computer's memory is short (default: half of its memory).",
+        ),
+        click.option(
+            "--on-memory-pressure", type=click.Choice(get_args(PressurePolicy)),
+            default="suspend" if fresh else None,
+            help="What `atoll serve` may do to it then: suspend it, move its balloon only, or nothing.",
         ),
     )  # fmt: skip

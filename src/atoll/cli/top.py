@@ -13,7 +13,7 @@ from atoll.cli.output import emit, emit_line, format_option, table_lines, termin
 from atoll.errors import AtollError, InvalidInput
 from atoll.model.state import Phase
 from atoll.model.units import format_size
-from atoll.model.vm import Stats
+from atoll.model.vm import HostMemory, Stats
 
 if TYPE_CHECKING:
     from atoll.platform.api import AsyncHost, AsyncVm
@@ -109,9 +109,7 @@ async def _watch_host(host: "AsyncHost", *, once: bool, interval: float, format:
     while True:
         now = await host.memory()
         if format == "table":
-            headers = ("VMS", "PROMISED", "USED", "SHARED", "SAVED", "MERGED", "AVAILABLE", "OF")
-            sizes = (now.promised, now.used, now.shared, now.saved, now.merged, now.available, now.total)
-            lines = table_lines(headers, [(str(now.vms), *map(format_size, sizes))], terminal_width())
+            lines = table_lines(*_of_host(now), terminal_width())
             screen = not once and sys.stdout.isatty()
             click.echo((_HOME_AND_CLEAR if screen else "") + "\n".join(lines))
             sys.stdout.flush()
@@ -120,6 +118,20 @@ async def _watch_host(host: "AsyncHost", *, once: bool, interval: float, format:
         if once:
             return
         await asyncio.sleep(interval)
+
+
+def _of_host(now: HostMemory) -> "Table":
+    """Columns about merged pages are there when some are, those about short memory when an agent watches over it."""
+    headers: tuple[str, ...] = ("VMS", "PROMISED", "USED", "SHARED", "SAVED", "AVAILABLE", "OF")
+    sizes = (now.promised, now.used, now.shared, now.saved, now.available, now.total)
+    row: tuple[str, ...] = (str(now.vms), *map(format_size, sizes))
+    if now.merging or now.merged:
+        headers += ("MERGED",)
+        row += (format_size(now.merged),)
+    if now.reserve or now.asleep:
+        headers += ("RESERVE", "HELD BACK", "ASLEEP")
+        row += (format_size(now.reserve) + (" (low)" if now.low else ""), format_size(now.held_back), str(now.asleep))
+    return headers, [row]
 
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]

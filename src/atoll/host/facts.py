@@ -282,6 +282,15 @@ def thread_ran(pid: int, thread: int) -> float | None:
         return None
 
 
+def memory_anonymous(pid: int) -> int:
+    """Bytes that a process has in memory without a file behind them; 0 when it is gone. Quicker than `memory_share`."""
+    try:
+        _, resident, of_files, *_ = (PROC / str(pid) / "statm").read_text().split()
+    except OSError:
+        return 0
+    return (int(resident) - int(of_files)) * os.sysconf("SC_PAGE_SIZE")
+
+
 def memory_resident(pid: int) -> int:
     """Bytes of a process that are in memory; 0 when it is gone."""
     try:

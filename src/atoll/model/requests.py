@@ -8,6 +8,7 @@ from msgspec import Struct, field
 from atoll.errors import InvalidInput
 from atoll.model.isolation import IsolationLevel
 from atoll.model.network import Mode
+from atoll.model.pressure import PressurePolicy
 from atoll.model.spec import AcceleratorChoice, Arch, Bus, Firmware, Machine, PortSpec
 from atoll.model.supervision import RestartPolicy
 
@@ -169,6 +170,10 @@ class CreateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The agent starts it when the computer has started."""
     boot_order: int = 0
     """Lower numbers are started first, and stopped last."""
+    memory_min: str | int | None = None
+    """What it is always left when the computer's memory is short; half of its memory when None."""
+    on_memory_pressure: PressurePolicy = "suspend"
+    """What the agent may do to it then."""
 
 
 class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -197,6 +202,8 @@ class SetRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     restart: RestartPolicy | None = None
     autostart: bool | None = None
     boot_order: int | None = None
+    memory_min: str | int | None = None
+    on_memory_pressure: PressurePolicy | None = None
 
 
 class ImportRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,6 +6,7 @@ from msgspec import Struct, field
 
 from atoll.model.isolation import Isolation
 from atoll.model.names import SHORT_ID
+from atoll.model.pressure import PressurePolicy
 from atoll.model.snapshot import Memory
 from atoll.model.spec import VmSpec
 from atoll.model.state import Phase, Trouble
@@ -74,6 +75,12 @@ class Vm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The agent starts it when the computer has started."""
     boot_order: int = 0
     """Lower numbers are started first, and stopped last; those of one number side by side."""
+    memory_min: int | None = None
+    """What it is always left when the computer's memory is short; None for half of what it has. The VM's own as well,
+    and the next one.
+    """
+    on_memory_pressure: PressurePolicy = "suspend"
+    """What a host's agent may do to it then."""
 
     @property
     def short_id(self) -> str:
@@ -184,6 +191,14 @@ class HostMemory(Struct, frozen=True, kw_only=True):
     """Whether the kernel merges equal pages (`atoll serve --merge-pages`)."""
     merged: int = 0
     """What they would take besides without that."""
+    reserve: int = 0
+    """What the computer's agent keeps for it; 0 without an agent that does. The rest is the agent's, too."""
+    low: bool = False
+    """There is less than that."""
+    held_back: int = 0
+    """What balloons hold back of what VMs were promised."""
+    asleep: int = 0
+    """VMs that were suspended since memory was short; they go on when there is some."""
 
 
 class Event(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

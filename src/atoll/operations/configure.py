@@ -70,9 +70,17 @@ def _supervised(vm: Vm, request: SetRequest) -> Vm:
         restart=vm.restart if request.restart is None else request.restart,
         autostart=vm.autostart if request.autostart is None else request.autostart,
         boot_order=vm.boot_order if request.boot_order is None else request.boot_order,
+        memory_min=resolve.check_floor(
+            _memory_after(vm, request), vm.memory_min if request.memory_min is None else request.memory_min
+        ),
+        on_memory_pressure=request.on_memory_pressure or vm.on_memory_pressure,
     )
     supervision.check(restart=changed.restart, boot_order=changed.boot_order, throwaway=changed.remove_when_stopped)
     return changed
+
+
+def _memory_after(vm: Vm, request: SetRequest) -> int:
+    return (vm.pending or vm.spec).memory if request.memory is None else resolve.check_memory(request.memory)
 
 
 def _changed(spec: VmSpec, request: SetRequest) -> VmSpec:
@@ -144,8 +152,14 @@ def _told_supervision(before: Vm, after: Vm) -> list[Change]:
         ("restart", before.restart, after.restart),
         ("autostart", str(before.autostart).lower(), str(after.autostart).lower()),
         ("boot-order", str(before.boot_order), str(after.boot_order)),
+        ("memory-min", _told_floor(before), _told_floor(after)),
+        ("on-memory-pressure", before.on_memory_pressure, after.on_memory_pressure),
     )
     return [Change(name=name, value=new, when="now") for name, old, new in settings if old != new]
+
+
+def _told_floor(vm: Vm) -> str:
+    return "" if vm.memory_min is None else format_size(vm.memory_min)
 
 
 async def _apply(context: Context[ConfigureRequest]) -> None:

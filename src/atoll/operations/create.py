@@ -97,6 +97,8 @@ async def _resolved(request: CreateRequest, services: Services) -> NewVm:
         restart=request.restart,
         autostart=request.autostart,
         boot_order=request.boot_order,
+        memory_min=resolve.check_floor(spec.memory, request.memory_min),
+        on_memory_pressure=request.on_memory_pressure,
     )
     nvram = image.nvram if image is not None and spec.boot.firmware == "uefi" else None
     return NewVm(vm=vm, nvram=nvram, copy=image is not None and image.copy)

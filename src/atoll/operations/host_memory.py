@@ -11,7 +11,8 @@ from atoll.operations.services import Services
 def host_memory(services: Services) -> HostMemory:
     """A reading of now."""
     computer = facts.memory()
-    running = [vm for vm in services.records.vms() if vm.run is not None and facts.is_alive(vm.run)]
+    vms = services.records.vms()
+    running = [vm for vm in vms if vm.run is not None and facts.is_alive(vm.run)]
     shares, in_merged = [], 0
     for vm in running:
         assert vm.run is not None
@@ -21,6 +22,8 @@ def host_memory(services: Services) -> HostMemory:
     used = sum(each.proportional for each in shares)
     kernel = page_merging.merged()
     merged = int(in_merged * kernel.share_saved)
+    watch = services.pressure
+    asleep = [vm for vm in vms if vm.run is None and vm.suspended is not None and vm.suspended_because == "memory"]
     return HostMemory(
         total=computer.total,
         available=computer.available,
@@ -31,4 +34,8 @@ def host_memory(services: Services) -> HostMemory:
         saved=max(0, sum(each.resident for each in shares) - used - merged),
         merging=kernel.on,
         merged=merged,
+        reserve=watch.reserve if watch is not None else 0,
+        low=watch is not None and watch.low,
+        held_back=sum(watch.held.values()) if watch is not None else 0,
+        asleep=len(asleep),
     )

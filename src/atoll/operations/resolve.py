@@ -9,6 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from atoll.errors import InvalidInput, Unsupported
+from atoll.model import pressure
 from atoll.model.image import Image
 from atoll.model.launch import Capabilities
 from atoll.model.names import shown
@@ -179,6 +180,13 @@ def check_memory(memory: str | int | None) -> int:
             f"{format_size(size)} of memory can't be", f"a VM has {limits}", "Choose another with --memory."
         )
     return -(-size // MIB) * MIB
+
+
+def check_floor(memory: int, floor: str | int | None) -> int | None:
+    """What a VM of that memory is always left, in bytes. Raises `InvalidInput`."""
+    size = None if floor is None else parse_size(floor)
+    pressure.check_floor(memory, size)
+    return size
 
 
 def _boot(request: CreateRequest, image: Image | None, firmware: Firmware) -> BootSpec:

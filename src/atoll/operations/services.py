@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from atoll.model.launch import Capabilities
+    from atoll.model.pressure import Figures
     from atoll.model.spec import AcceleratorChoice, Arch
     from atoll.operations.promises import Promises
 
@@ -38,6 +39,8 @@ class Services:
         self.ends_noticed = ends_noticed
         self.promises: Promises | None = None
         """The limit of the memory that VMs may be promised, if there is one."""
+        self.pressure: Figures | None = None
+        """What this process knows of the computer's memory, if it watches that: an agent."""
         self._later: set[asyncio.Task[None]] = set()
         self.bridges_left: set[str] = set()
         """Networks of mode bridge with rules for cables of VMs that have ended by themselves."""

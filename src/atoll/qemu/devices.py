@@ -248,9 +248,12 @@ def channel_devices(spec: VmSpec) -> list[Properties]:
 def common_devices(spec: VmSpec) -> list[Properties]:
     """What every guest gets: randomness, a balloon that reports free pages, ports for hot plug, and for its kernel a
     way to say that it panicked."""
+    # A guest that would end programs of its own for want of memory takes it back from its balloon. (Memory that was
+    # saved without that is loaded: its guest goes on not knowing of it.)
+    balloon = {"id": "balloon", "free-page-reporting": True, "deflate-on-oom": True}
     found = [
         on_root_bus(spec, _modern("virtio-rng-pci") | {"id": "rng", "rng": "entropy"}),
-        on_root_bus(spec, _modern("virtio-balloon-pci") | {"id": "balloon", "free-page-reporting": True}),
+        on_root_bus(spec, _modern("virtio-balloon-pci") | balloon),
     ]
     if "panic" in spec.addresses:
         found.append(on_root_bus(spec, {"driver": "pvpanic-pci", "id": "panic"}))
