@@ -21,7 +21,7 @@ from atoll.platform.wire import Place
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not (KSM / "run").exists(), reason="this kernel can't merge equal pages (CONFIG_KSM)"),
     pytest.mark.skipif(not os.access(KSM / "run", os.W_OK), reason="only root may switch page merging on"),
 ]
@@ -54,7 +54,7 @@ async def test_equal_memory_is_merged_but_for_strict_guests(layout: Layout, as_b
         levels = {"one": "standard", "two": "standard", "apart": "strict"}
         pids = {}
         for name, level in levels.items():
-            vm = await host.run("tiny", name=name, memory="128MiB", isolation=level)
+            vm = await host.run("tiny", name=name, memory="256MiB", isolation=level)
             run = (await vm.info()).vm.run
             assert run is not None
             pids[name] = run.pid
