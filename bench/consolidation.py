@@ -117,14 +117,13 @@ async def use(layout: Layout, seconds: float) -> None:
 
         following = [asyncio.create_task(follow()) for _ in range(3)]
         until = time.perf_counter() + seconds
-        paused = True
         vm = await host.get("idle-0")
         while time.perf_counter() < until:
             await host.ls()
             (await client.get("/v1/vms")).raise_for_status()
             (await client.get("/metrics")).raise_for_status()
-            await (vm.pause() if paused else vm.resume())
-            paused = not paused
+            await vm.pause()
+            await vm.resume()
             await asyncio.sleep(1)
         for each in following:
             each.cancel()
