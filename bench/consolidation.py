@@ -117,14 +117,13 @@ async def use(layout: Layout, seconds: float) -> None:
 
         following = [asyncio.create_task(follow()) for _ in range(3)]
         until = time.perf_counter() + seconds
-        paused = True
         vm = await host.get("idle-0")
         while time.perf_counter() < until:
             await host.ls()
             (await client.get("/v1/vms")).raise_for_status()
             (await client.get("/metrics")).raise_for_status()
-            await (vm.pause() if paused else vm.resume())
-            paused = not paused
+            await vm.pause()
+            await vm.resume()
             await asyncio.sleep(1)
         for each in following:
             each.cancel()
@@ -181,14 +180,19 @@ async def measured(layout: Layout, count: int) -> Sides:
 
 
 def figures(environment: Mapping[str, str], tell: Callable[[str], None], count: int) -> Iterator[Figures]:
-    """The rows of the table. Raises `CalledProcessError`."""
+    """The rows of the table; one that tells why, when they can't be had."""
     if os.geteuid() != 0 or not (page_merging.KSM / "run").exists():
         tell("Consolidation isn't measured: it takes root, and a kernel that merges pages")
         return
     tell(f"{count} idle VMs: starting them, and merging their pages, takes minutes")
     argv = [sys.executable, "-m", "bench.consolidation", str(count)]
-    said = subprocess.run(argv, env=environment, check=True, capture_output=True, timeout=3600).stdout
-    for case, sides in json.loads(said).items():
+    finished = subprocess.run(argv, env=environment, check=False, capture_output=True, timeout=3600)
+    if finished.returncode != 0:
+        why = finished.stderr.decode(errors="replace").strip()[-300:]
+        tell(f"  failed: {why}")
+        yield Figures(case=f"{count} idle tiny VMs", unit="MiB", goals=(), errors={"atoll": why})
+        return
+    for case, sides in json.loads(finished.stdout).items():
         seconds = case.startswith(("until", "processor"))
         goals = (Goal(limit=150),) if case.startswith("agent") else GOAL if "without" in sides else ()
         yield Figures(case=case, unit="s" if seconds else "MiB", goals=goals, values=sides)
