@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import agent, barriers, history, libvirt, networks, raw, report
+from bench import agent, barriers, consolidation, history, libvirt, networks, raw, report
 from bench.harness import Case, Figures, Goal, measure
 from bench.ours import NAME, TWIN, Atoll
 
@@ -64,14 +64,21 @@ def main() -> None:
             ),
             *execs(atoll, hand, repetitions, peers=options.peers),
             *history.figures(atoll, home / "history", repetitions, tell, peers=options.peers),
-            *agent.figures(atoll.env, many),
             *listings(atoll, peer, home, many, repetitions),
+            *consolidation.figures(crowd(home), tell, 8 if options.quick else 50),
         ]
         results = home / "results" if options.quick else HERE / "results"
         page = home / "performance.md" if options.quick else HERE.parent / "docs/performance.md"
         file = report.write(results, page, about, rows)
         print(report.as_table(rows))
         tell("" if options.quick else f"Written: {file}, {page}")
+
+
+def crowd(home: Path) -> dict[str, str]:
+    """The environment of a home that has the image and no VM yet."""
+    atoll = Atoll(home / "crowd")
+    atoll.run("image", "build", "tiny")
+    return atoll.env
 
 
 def twin(atoll: Atoll, home: Path) -> raw.ByHand:
@@ -167,17 +174,21 @@ def execs(atoll: Atoll, hand: raw.ByHand, repetitions: int, *, peers: bool) -> I
 
 
 def listings(atoll: Atoll, peer: libvirt.Domain | None, home: Path, count: int, repetitions: int) -> Iterator[Figures]:
-    """Listing many stopped VMs."""
-    tell(f"Creating {count} VMs")
-    began = time.perf_counter()
-    atoll.sdk("fill", str(count))
-    tell(f"  took {time.perf_counter() - began:.0f} s")
+    """The agent, with many stopped VMs among what it is asked for; and listing them."""
+    bindings: dict[str, list[float]] = {}
     sides = {"atoll": atoll.ls}
     if peer is not None:
         folder = home / "domains"
         folder.mkdir()
         libvirt.fill(count, folder, peer)
+        bindings = libvirt.binding_lists(count, 3 * repetitions)
         sides["virsh"] = libvirt.list_all
+    tell("The agent")
+    yield from agent.figures(atoll.env, count, bindings)
+    tell(f"Creating {count} VMs")
+    began = time.perf_counter()
+    atoll.sdk("fill", str(count))
+    tell(f"  took {time.perf_counter() - began:.0f} s")
     yield measure(Case(f"ls, {count} stopped VMs", repetitions, sides, (Goal(limit=100), Goal("virsh", 1))), tell)
 
 

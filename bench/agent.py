@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -18,13 +19,16 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from atoll import layout as layouts
+from atoll.host.sockets import address_of
 from atoll.layout import Layout
 from atoll.model.names import new_id
 from atoll.model.vm import Vm
 from atoll.platform.local import LocalHost
+from atoll.platform.reach import tls_context
 from atoll.platform.remote import RemoteHost
 from atoll.platform.wire import Place
 from atoll.store.sqlite import SqliteRecords
+from atoll.store.tokens import Tokens
 from bench.harness import Figures, Goal
 
 NAME = "bench-agent"
@@ -36,10 +40,12 @@ GOALS = {
     "agent's memory": (Goal(limit=150),),
     "list": (Goal(limit=10),),
     "a verb": (Goal("in this process", plus=15),),
-    "event": (Goal(limit=50),),
+    "event of": (Goal(limit=50),),
 }
 """By how a case's name begins. Of small requests there shall be at least 1000 a second."""
 READY = 60.0
+ENGINE_EVENTS, ENGINE_PAUSE = 80, 0.35
+"""The agent tells 50 of a guest's events at once, and then two a second."""
 
 
 def fill(records: SqliteRecords, model: Vm, count: int) -> list[Vm]:
@@ -53,10 +59,10 @@ def fill(records: SqliteRecords, model: Vm, count: int) -> list[Vm]:
 
 
 @contextlib.contextmanager
-def serving(layout: Layout) -> Iterator[int]:
+def serving(layout: Layout, *options: str) -> Iterator[int]:
     """`atoll serve`; its pid."""
     env = os.environ | {"ATOLL_HOME": str(layout.data.parent)}
-    process = subprocess.Popen([*ATOLL, "serve", "--rate", "0"], env=env, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*ATOLL, "serve", "--rate", "0", *options], env=env, stderr=subprocess.PIPE)
     assert process.stderr is not None
     try:
         while b"listening" not in process.stderr.readline():
@@ -85,13 +91,13 @@ async def took(work: Callable[[], Awaitable[object]], times: int) -> list[float]
     return found
 
 
-async def small_requests(socket: Path, seconds: float, name: str = NAME) -> float:
+async def small_requests(path: Path, seconds: float, name: str = NAME) -> float:
     """Requests a second that one client with several connections gets answers to."""
     done, until = 0, time.perf_counter() + seconds
 
     async def ask() -> None:
         nonlocal done
-        reader, writer = await asyncio.open_unix_connection(str(socket))
+        reader, writer = await asyncio.open_unix_connection(str(path))
         request = SMALL % name.encode()
         while time.perf_counter() < until:
             writer.write(request)
@@ -125,6 +131,90 @@ async def event_delays(host: RemoteHost, records: SqliteRecords, times: int) -> 
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
     return found, recorded
+
+
+async def engine_delays(layout: Layout, host: RemoteHost, vm_id: str) -> list[float]:
+    """Milliseconds from QEMU's own time of an event of its guest's, which is halted and goes on, to a client."""
+    found: list[float] = []
+    monitor = layout.vm(vm_id).socket("observe")
+
+    async def follow() -> None:
+        async for event in host.events(follow=True):
+            if event.kind in ("vm.halted", "vm.continued"):
+                found.append(1000 * (time.time() - event.data["at"]))
+            if len(found) == ENGINE_EVENTS:
+                return
+
+    following = asyncio.create_task(follow())
+    await asyncio.sleep(0.5)
+    for index in range(ENGINE_EVENTS):
+        await asyncio.to_thread(tell_engine, monitor, ("stop", "cont")[index % 2])
+        await asyncio.sleep(ENGINE_PAUSE)
+    await asyncio.wait_for(following, READY)
+    return found
+
+
+def tell_engine(monitor: Path, command: str) -> None:
+    """One command of QMP's, past all that is ours."""
+    with address_of(monitor) as address, socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address)
+        with connection.makefile("rwb") as file:
+            file.readline()
+            for each in ("qmp_capabilities", command):
+                file.write(json.dumps({"execute": each}).encode() + b"\n")
+                file.flush()
+                while b'"return"' not in file.readline():
+                    pass
+
+
+@contextlib.contextmanager
+def busy_processors() -> Iterator[None]:
+    """A program for each processor that never waits."""
+    burning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for each in burning:
+            each.kill()
+            each.wait()
+
+
+async def over_https(layout: Layout, here: LocalHost) -> dict[str, dict[str, list[float]]]:
+    """A rename by a client that comes over TLS with a token, on a connection that is open, and with one of its own."""
+    port = free_port()
+    tokens = Tokens(layout.tokens)
+    kept: dict[str, list[float]] = {"atoll": [], "in this process": []}
+    anew: dict[str, list[float]] = {"atoll": [], "in this process": []}
+    names = iter(f"{NAME}-{index}" for index in range(1000, 2000))
+    with serving(layout, "--listen", f"127.0.0.1:{port}"):
+        _, secret = tokens.create(NAME, scope="operate")
+        place = Place(url=f"https://127.0.0.1:{port}", token=secret, tls=tls_context(layout.credentials / "ca.pem"))
+        (info,) = [each for each in await here.ls() if each.vm.name.startswith(NAME)]
+        near = await here.get(info.vm.id)
+        try:
+            async with RemoteHost(place) as there:
+                far = await there.get(info.vm.id)
+                for _ in range(20):
+                    kept["atoll"] += await took(lambda: far.rename(next(names)), 1)
+                    kept["in this process"] += await took(lambda: near.rename(next(names)), 1)
+
+            async def connect_and_rename() -> None:
+                async with RemoteHost(place) as there:
+                    await (await there.get(info.vm.id)).rename(next(names))
+
+            for _ in range(20):
+                anew["atoll"] += await took(connect_and_rename, 1)
+                anew["in this process"] += await took(lambda: near.rename(next(names)), 1)
+        finally:
+            tokens.rm(NAME)
+    return {"a verb (rename) over HTTPS": kept, "the same, looked up, with a connection of its own": anew}
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def p99(values: list[float]) -> list[float]:
@@ -167,7 +257,19 @@ async def measured(layout: Layout, count: int) -> dict[str, dict[str, list[float
                         renames[side] += await took(lambda vm=vm: vm.rename(next(names)), 1)  # type: ignore[misc]
                 values["a verb (rename) over the socket"] = renames
                 delays, recorded = await event_delays(there, records, 200)
-                values["event to a client, p99"] = {"atoll": p99(delays), "its record alone": p99(recorded)}
+                values["a command's event to a client, p99"] = {"atoll": p99(delays), "its record alone": p99(recorded)}
+                await model.start(wait=True)
+                try:
+                    values["event of QEMU's to a client, p99"] = {
+                        "atoll": p99(await engine_delays(layout, there, model.id))
+                    }
+                    with busy_processors():
+                        values["the same, all processors busy, p99"] = {
+                            "atoll": p99(await engine_delays(layout, there, model.id))
+                        }
+                finally:
+                    await model.stop(force=True)
+        values |= await over_https(layout, here)
         for vm in made:
             records.remove_vm(vm.id)
         await model.rm()
@@ -175,11 +277,18 @@ async def measured(layout: Layout, count: int) -> dict[str, dict[str, list[float
     return values
 
 
-def figures(environment: Mapping[str, str], count: int) -> Iterator[Figures]:
-    """The rows of the table. Raises `CalledProcessError`."""
+def figures(
+    environment: Mapping[str, str], count: int, bindings: Mapping[str, list[float]] | None = None
+) -> Iterator[Figures]:
+    """The rows of the table; `bindings` is what libvirt's takes for the same list. Raises `CalledProcessError`."""
     argv = [sys.executable, "-m", "bench.agent", str(count)]
     said = subprocess.run(argv, env=environment, check=True, capture_output=True, timeout=600).stdout
-    for case, sides in json.loads(said).items():
+    found = json.loads(said)
+    if bindings:
+        ours = found[f"list {count} VMs over the socket"]
+        ours["virsh"] = bindings["at once"]
+        found["the same, libvirt asked for each state"] = {"atoll": ours["atoll"], "virsh": bindings["one by one"]}
+    for case, sides in found.items():
         goals = next((goals for begin, goals in GOALS.items() if case.startswith(begin)), ())
         unit = "MiB" if "memory" in case else "/s" if "second" in case else "ms"
         yield Figures(case=case, unit=unit, goals=goals, values=sides)

@@ -228,6 +228,16 @@ def list_all() -> float:
     return timed(["virsh", "--connect", URI, "list", "--all"])
 
 
+def binding_lists(count: int, times: int) -> dict[str, list[float]]:
+    """Milliseconds of listing so many domains with their states by libvirt's Python binding."""
+    argv = ["/usr/bin/python3", str(Path(__file__).with_name("bindings.py")), URI, MANY, str(times)]
+    said = json.loads(subprocess.run(argv, check=True, capture_output=True, timeout=600).stdout)
+    if said["count"] != count:
+        raise RuntimeError(f"libvirt's binding listed {said['count']} domains instead of {count}")
+    took: dict[str, list[float]] = said["took"]
+    return took
+
+
 def fill(count: int, folder: Path, domain: Domain) -> None:
     """That many stopped domains, by one virsh."""
     commands = []

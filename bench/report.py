@@ -126,8 +126,17 @@ NOTES = """## What is measured
   the same memory, and `cont`; for libvirt a whole `virsh restore`.
 - **fork**: until the copy runs. By hand: QEMU's start on the same mapped memory, the load of the devices, and `cont`.
 - **the agent**: over its Unix socket. `list` from one client again and again, which isn't sent again what hasn't
-  changed; `a client's first time` is all of it. Small requests: one client, 16 connections, two processors for both;
-  the goal is 1,000 a second. An event, from the call that records it, on the disk, to a client that follows.
+  changed; `a client's first time` is all of it. libvirt's Python binding, with its connection open, asks for all states
+  at once, and then for each domain's. Small requests: one client, 16 connections, two processors for both; the goal is
+  1,000 a second. An event of a command's, from the call that records it, on the disk, to a client that follows; one of
+  QEMU's, from the time that QEMU gives it, also while a program for each processor never waits. HTTPS: on a connection
+  that is open, with a token; with a connection of its own the client also asks which VM that is.
+- **idle tiny VMs**: booted one by one, 128 MiB each, with their network helpers. Their memory is the sum of all
+  processes' proportional sets (what several have is counted once), and beside it by how much the host's available
+  memory fell since there were none, which whatever else runs there blurs. With pages merged: after scans find nothing
+  more, with the time and the kernel's processor time that took. Under emulation a third and more of an idle VM is
+  QEMU's translated code, which can't be merged; under KVM there is none. The agent's memory is that after a minute of
+  lists, figures and events.
 - **ls**: with that many stopped VMs; whole processes.
 - **processes beside a running VM**: those of ours that stay, beside QEMU and the helper of its network
   (slirp4netns, with under 1 MiB of its own). libvirt's memory is that of its daemons.

@@ -316,6 +316,11 @@ class Layout:
         return self.run / "booted"
 
     @property
+    def page_merging(self) -> Path:
+        """How the kernel merged pages before the agent made it do so."""
+        return self.run / "page-merging.json"
+
+    @property
     def credentials(self) -> Path:
         """The agent's certificate authority and certificate, and the tokens of who may use it from elsewhere."""
         return self.data / "agent"

@@ -12,7 +12,8 @@ from msgspec import Struct
 from atoll.errors import AtollError, Busy, Cancelled, OperationStuck, WrongState
 from atoll.layout import Layout
 from atoll.operations import engine
-from atoll.operations.engine import Context, Step, Verb, perform, recover, settle
+from atoll.operations.engine import Context, Step, Verb, perform
+from atoll.operations.recovery import recover, settle
 from atoll.operations.services import Services
 
 

@@ -67,6 +67,9 @@ async def test_a_vm_lives_its_life(host: AsyncHost, tmp_path: Path) -> None:
     result = await vm.exec(["sh", "-c", "cat; echo no >&2; exit 3"], stdin=typed(), on_stdout=told.append)
     assert (result.exit_code, b"".join(told), result.stdout, result.stderr) == (3, b"one two", b"", b"no\n")
 
+    long = await vm.exec(["wc", "-c"], stdin=bytes(17 << 20))
+    assert int(long.text) == 17 << 20
+
     (tmp_path / "file").write_bytes(b"x" * 300_000)
     await vm.copy_to(tmp_path / "file", "/root/copy")
     await vm.copy_from("/root/copy", tmp_path / "back")

@@ -20,7 +20,7 @@ from atoll.model.finding import Finding
 from atoll.model.names import new_id
 from atoll.model.operation import Operation, Progress
 from atoll.model.requests import DiskRequest
-from atoll.operations.engine import this_process
+from atoll.operations.journal import this_process
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 

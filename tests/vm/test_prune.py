@@ -13,7 +13,7 @@ from atoll.host.files import locked
 from atoll.layout import Layout
 from atoll.model.names import new_id
 from atoll.model.operation import Operation
-from atoll.operations.engine import this_process
+from atoll.operations.journal import this_process
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 

@@ -7,7 +7,7 @@ that the handler names in its `opt`. One that names none lets nobody in.
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -17,6 +17,7 @@ from uvicorn.protocols.utils import ClientDisconnected
 
 from atoll.agent.problems import PROBLEM_TYPE, problem_of
 from atoll.errors import AtollError, Forbidden, NotFound, Unauthorized
+from atoll.host.watch import changes
 from atoll.layout import Layout
 from atoll.model.audit import AuditEntry
 from atoll.model.token import Scope, Token, includes
@@ -25,10 +26,8 @@ from atoll.store.tokens import Tokens
 
 PUBLIC = "public"
 """Takes the place of a scope: whoever reaches the agent may ask."""
-LOOK_AGAIN = 1.0
-"""Seconds until a stream of a token that was revoked has ended."""
-_NOTE_USES = 10
-"""How many of these pass between two notes of when tokens were last used."""
+_NOTE_USES = 10.0
+"""Seconds from a token's use to the note of it."""
 _ENDED = 1008
 """WebSocket's code for what a policy forbids."""
 
@@ -46,25 +45,52 @@ class Access:
         """What is served now, and the id of the token that it is served for."""
         self.ended: set[asyncio.Task[Any]] = set()
         self.used: dict[str, float] = {}
+        self._was_used = asyncio.Event()
 
     async def watch(self) -> None:
-        """End what goes on for tokens that are good no more; for ever."""
-        count = 0
-        while True:
-            await asyncio.sleep(LOOK_AGAIN)
-            for serving, token_id in list(self.open.items()):
-                if serving not in self.ended and not self._is_good(token_id):
-                    self.ended.add(serving)
-                    serving.cancel()
-            count += 1
-            if count % _NOTE_USES == 0:
-                await self.note_uses()
+        """End what goes on for tokens that are revoked, and note when tokens were used; for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._note_uses_later())
+            async for _ in changes(self._path):
+                for serving, token_id in list(self.open.items()):
+                    if not self._is_good(token_id):
+                        self._end(serving)
+
+    @contextlib.contextmanager
+    def serving(self, token: Token | None) -> Iterator["asyncio.Task[Any]"]:
+        """While this task serves somebody with this token; it is cancelled when the token is good no more."""
+        task = asyncio.current_task()
+        assert task is not None
+        expiry: asyncio.TimerHandle | None = None
+        if token is not None:
+            self.open[task] = token.id
+            if token.expires_at is not None:
+                rest = token.expires_at - time.time()
+                expiry = asyncio.get_running_loop().call_later(rest, self._end, task)
+        try:
+            yield task
+        finally:
+            if expiry is not None:
+                expiry.cancel()
+            self.open.pop(task, None)
+            self.ended.discard(task)
+
+    def _end(self, serving: "asyncio.Task[Any]") -> None:
+        if serving not in self.ended:
+            self.ended.add(serving)
+            serving.cancel()
 
     def _is_good(self, token_id: str) -> bool:
         try:
             return self.tokens.is_good(token_id)
         except AtollError:
             return False
+
+    async def _note_uses_later(self) -> None:
+        while await self._was_used.wait():
+            await asyncio.sleep(_NOTE_USES)
+            self._was_used.clear()
+            await self.note_uses()
 
     async def note_uses(self) -> None:
         used, self.used = self.used, {}
@@ -86,6 +112,7 @@ class Access:
         else:
             raise Unauthorized("the agent doesn't know who asks", "there is no token in the request", _NEXT)
         self.used[token.id] = time.time()
+        self._was_used.set()
         return token
 
 
@@ -136,23 +163,17 @@ class Door:
         state = scope.setdefault("state", {})
         state |= {"via": self._via, "principal": "nobody"}
         token = self._recognised(scope, state)
-        serving = asyncio.current_task()
-        assert serving is not None
-        if token is not None:
-            self._access.open[serving] = token.id
         answer = _Answer(self, scope, send)
-        try:
-            await self._app(scope, receive, answer.send)
-            if answer.is_refusal:
-                # uvicorn takes a refused handshake for one that was forgotten, unless nobody waits for it any more.
-                raise ClientDisconnected
-        except asyncio.CancelledError:
-            if serving not in self._access.ended:
-                raise
-            await answer.break_off()
-        finally:
-            self._access.open.pop(serving, None)
-            self._access.ended.discard(serving)
+        with self._access.serving(token) as serving:
+            try:
+                await self._app(scope, receive, answer.send)
+                if answer.is_refusal:
+                    # uvicorn takes a refused handshake for one that was forgotten, unless nobody waits for it any more.
+                    raise ClientDisconnected
+            except asyncio.CancelledError:
+                if serving not in self._access.ended:
+                    raise
+                await answer.break_off()
 
     def _recognised(self, scope: Any, state: dict[str, Any]) -> Token | None:
         if self._via == "local":

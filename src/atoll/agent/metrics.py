@@ -15,7 +15,7 @@ from msgspec import Struct
 from atoll import __version__
 from atoll.agent.exposition import Family, Histogram
 from atoll.errors import AtollError, Cancelled
-from atoll.host import facts, host_bridge
+from atoll.host import facts, host_bridge, page_merging
 from atoll.host import network as world
 from atoll.model.state import Phase
 from atoll.model.vm import VmInfo
@@ -72,6 +72,7 @@ class Reading(Struct, frozen=True):
     resident: int
     memory: dict[str, int]
     """`Shared` and `Private`; empty when it may not be read."""
+    merged: int
     io: dict[str, int]
 
 
@@ -86,6 +87,7 @@ def read(pid: int) -> Reading:
         cpu_seconds=facts.cpu_seconds(pid),
         resident=facts.memory_resident(pid),
         memory=memory,
+        merged=page_merging.merged_of(pid),
         io=_fields(f"{facts.PROC}/{pid}/io"),
     )
 
@@ -128,6 +130,7 @@ def _of_vms(vms: list[VmInfo], readings: dict[str, Reading]) -> list[Family]:
     resident = Family("atoll_vm_memory_resident_bytes", "gauge", "What is in the host's memory.")
     shared = Family("atoll_vm_memory_shared_bytes", "gauge", "Of that, what others use as well.")
     private = Family("atoll_vm_memory_private_bytes", "gauge", "Of that, what is its own.")
+    merged = Family("atoll_vm_memory_merged_bytes", "gauge", "What is merged with equal pages, of its own or others'.")
     disk = Family("atoll_vm_disk_bytes_total", "counter", "Read from and written to the host's disks.")
     for each in vms:
         labels = {"vm": each.vm.name, "id": each.vm.id}
@@ -137,13 +140,14 @@ def _of_vms(vms: list[VmInfo], readings: dict[str, Reading]) -> list[Family]:
         given.add(each.vm.spec.memory, **labels)
         cpu.add(reading.cpu_seconds, **labels)
         resident.add(reading.resident, **labels)
+        merged.add(reading.merged, **labels)
         if reading.memory:
             shared.add(reading.memory["Shared"], **labels)
             private.add(reading.memory["Private"], **labels)
         if reading.io:
             disk.add(reading.io["read_bytes"], **labels, direction="read")
             disk.add(reading.io["write_bytes"], **labels, direction="written")
-    return [phase, cpu, given, resident, shared, private, disk]
+    return [phase, cpu, given, resident, shared, private, merged, disk]
 
 
 def _of_pressure(vms: list[VmInfo], services: Services) -> list[Family]:
@@ -197,6 +201,11 @@ def _of_host(vms: list[VmInfo], services: Services) -> list[Family]:
     total.add(memory.total)
     available = Family("atoll_host_memory_available_bytes", "gauge", "What could still be used of it.")
     available.add(memory.available)
+    kernel = page_merging.merged()
+    merging = Family("atoll_host_memory_merge_enabled", "gauge", "1 while the kernel merges equal pages.")
+    merging.add(int(kernel.on))
+    saved = Family("atoll_host_memory_merge_saved_bytes", "gauge", "What is free because equal pages were merged.")
+    saved.add(kernel.saved)
     cpu = Family("atoll_host_cpu_seconds_total", "counter", "Processor time of all that runs on the host.")
     ticks = os.sysconf("SC_CLK_TCK")
     with open(facts.PROC / "stat") as file:  # noqa: PTH123
@@ -207,7 +216,7 @@ def _of_host(vms: list[VmInfo], services: Services) -> list[Family]:
         cpu.add(value / ticks, mode=mode)
     free = Family("atoll_host_disk_free_bytes", "gauge", "What can still be written where the VMs are.")
     free.add(facts.free_disk(services.layout.data))
-    return [by_phase, promised, total, available, cpu, free]
+    return [by_phase, promised, total, available, merging, saved, cpu, free]
 
 
 def _of_agent(own: Reading, tasks: int) -> list[Family]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from atoll.host import facts
 from atoll.host.watch import Watches, wait_for_exit
 from atoll.model.operation import Owner
-from atoll.operations import engine
+from atoll.operations.journal import this_process
+from atoll.operations.recovery import recover
 from atoll.operations.registry import VERBS
 from atoll.operations.services import Services
 
@@ -21,14 +22,14 @@ async def recover_as_found(services: Services, *, tell: Tell) -> None:
     """Until cancelled. The journal is looked at when it is written to, and when the owner of an operation ends."""
     owners: dict[Owner, asyncio.Task[None]] = {}
     told: set[str] = set()
-    ours = engine.this_process()
+    ours = this_process()
     watches = Watches()
     try:
         # Every write to the records goes to this file; it is there as long as they are open.
         watches.add(services.layout.database.with_name(f"{services.layout.database.name}-wal"), "journal")
         watches.wake()
         async for _ in watches.changes():
-            for sentence in await engine.recover(services, VERBS):
+            for sentence in await recover(services, VERBS):
                 # What this version can't settle would be told again at each look.
                 if sentence not in told:
                     told.add(sentence)

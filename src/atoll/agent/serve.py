@@ -23,7 +23,7 @@ from atoll.agent.state import State
 from atoll.agent.supervise import supervise
 from atoll.agent.transfers import swept
 from atoll.errors import Busy
-from atoll.host import files, sockets
+from atoll.host import files, page_merging, sockets
 from atoll.host.lease import lease
 from atoll.host.notify import notify
 from atoll.layout import Layout
@@ -120,6 +120,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     reserve: int | None = None
     """Bytes of its memory that are the computer's own; None for what fits."""
     on_memory_pressure: PressurePolicy = "suspend"
+    merge_pages: bool = False
+    """The kernel merges equal pages of VMs meanwhile."""
 
     @property
     def promises(self) -> Promises | None:
@@ -131,6 +133,8 @@ async def serve(layout: Layout, options: Options, *, ready: Callable[[list[str]]
     connections = limits.Connections(limits.raise_file_limit())
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(only_one(layout))
+        if said := stack.enter_context(page_merging.merging(layout.page_merging, wanted=options.merge_pages)):
+            _log.warning("%s", said)
         stack.enter_context(traces.exported())
         host = await stack.enter_async_context(LocalHost(layout, ends_noticed=True, promises=options.promises))
         state = stack.enter_context(contextlib.closing(State(layout.agent_state)))

@@ -55,6 +55,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="What is done when less than that is available: VMs are suspended, only their balloons moved, or nothing.",
 )
+@click.option(
+    "--merge-pages",
+    is_flag=True,
+    help="Root only: let the kernel merge equal pages of VMs' memory (KSM). What one guest has in memory, another can "
+    "find out by timing then; VMs with --isolation strict stay apart.",
+)
 @click.option("--install", is_flag=True, help="Write systemd units that serve from now on, with the other options.")
 @click.option("--uninstall", is_flag=True, help="Remove those units.")
 @click.option("--user", is_flag=True, help="With --install and --uninstall: root's own systemd, not the system's.")
@@ -68,6 +74,7 @@ def serve_command(
     memory_overcommit: float | None,
     memory_reserve: str | None,
     on_memory_pressure: "PressurePolicy",
+    merge_pages: bool,
     install: bool,
     uninstall: bool,
     user: bool,
@@ -83,6 +90,7 @@ def serve_command(
       atoll serve
       atoll serve --install
       atoll serve --memory-overcommit 1.5 --memory-reserve 2GiB
+      atoll serve --merge-pages
       atoll serve --on-memory-pressure balloon
       atoll serve --listen :8443 --name vms.example.org
       curl --unix-socket ~/.local/share/atoll/run/agent.sock http://atoll/v1/vms
@@ -113,5 +121,6 @@ def serve_command(
         overcommit=memory_overcommit,
         reserve=None if memory_reserve is None else parse_size(memory_reserve),
         on_memory_pressure=on_memory_pressure,
+        merge_pages=merge_pages,
     )
     asyncio.run(serve(layout.find(), options, ready=ready))

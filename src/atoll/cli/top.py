@@ -28,7 +28,7 @@ Reading = tuple["AsyncVm", Stats]
 @click.argument("vms", nargs=-1, type=VM, metavar="[VM]...")
 @click.option("--once", is_flag=True, help="One reading, then end.")
 @click.option("--cards", is_flag=True, help="What passes through each network card, a row each.")
-@click.option("--host", "of_host", is_flag=True, help="The computer's memory: promised, used, shared, saved.")
+@click.option("--host", "of_host", is_flag=True, help="The computer's memory: promised, used, shared, saved, merged.")
 @click.option("--interval", type=DURATION, default="2s", help="Time between readings (default: 2s).")
 @format_option
 def top_command(vms: tuple[str, ...], once: bool, cards: bool, of_host: bool, interval: float, format: Format) -> None:
@@ -121,10 +121,13 @@ async def _watch_host(host: "AsyncHost", *, once: bool, interval: float, format:
 
 
 def _of_host(now: HostMemory) -> "Table":
-    """The columns about short memory are there when an agent watches over it."""
+    """Columns about merged pages are there when some are, those about short memory when an agent watches over it."""
     headers: tuple[str, ...] = ("VMS", "PROMISED", "USED", "SHARED", "SAVED", "AVAILABLE", "OF")
     sizes = (now.promised, now.used, now.shared, now.saved, now.available, now.total)
     row: tuple[str, ...] = (str(now.vms), *map(format_size, sizes))
+    if now.merging or now.merged:
+        headers += ("MERGED",)
+        row += (format_size(now.merged),)
     if now.reserve or now.asleep:
         headers += ("RESERVE", "HELD BACK", "ASLEEP")
         row += (format_size(now.reserve) + (" (low)" if now.low else ""), format_size(now.held_back), str(now.asleep))

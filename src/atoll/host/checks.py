@@ -6,7 +6,7 @@ from typing import Literal
 from msgspec import Struct
 
 from atoll.errors import AtollError
-from atoll.host import facts, kernel
+from atoll.host import facts, kernel, page_merging
 from atoll.layout import Layout
 from atoll.model.units import GIB, format_size
 
@@ -87,7 +87,7 @@ def kernel_features() -> list[Check]:
         ),
         _feature("Network taps", tun, meaning="user-mode networks only", remedy="sudo modprobe tun"),
         Check(
-            name="Page merging", ok="ok", found="on" if kernel.same_page_merging() else "off (it costs processor time)"
+            name="Page merging", ok="ok", found="on" if page_merging.merged().on else "off (it costs processor time)"
         ),
     ]
 

@@ -100,11 +100,6 @@ def tun() -> Feature:
     return Feature(usable=True)
 
 
-def same_page_merging() -> bool:
-    """Whether the kernel merges equal pages of guests (KSM)."""
-    return _read(SYS / "kernel/mm/ksm/run") == "1"
-
-
 def free_huge_pages() -> int:
     """Bytes in reserved huge pages that are free, over all sizes."""
     total = 0

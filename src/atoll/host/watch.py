@@ -32,14 +32,16 @@ async def wait_for_exit(pid: int) -> None:
         os.close(descriptor)
 
 
-async def changes(path: Path) -> AsyncIterator[None]:
-    """Yields once at first and then after each change of the file, which needn't exist yet.
+async def changes(*paths: Path) -> AsyncIterator[None]:
+    """Yields once at first and then after each change of these files, which needn't exist yet.
 
     The first yield comes when the watch stands, so what is looked at then and later can't be missed.
     """
-    make_folder(path.parent)
     changed = asyncio.Event()
-    with _Folders.of_this_loop().listening(path, changed):
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            make_folder(path.parent)
+            stack.enter_context(_Folders.of_this_loop().listening(path, changed))
         yield
         while await changed.wait():
             changed.clear()

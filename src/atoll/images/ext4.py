@@ -9,7 +9,6 @@ from pathlib import Path
 
 from atoll.errors import ProcessFailed, from_os_error
 from atoll.host import process
-from atoll.model.units import MIB
 
 
 class Tree:
@@ -123,8 +122,3 @@ async def _make_by_folder(mke2fs: list[str], tar: Path, *, where: list[str], env
 async def to_qcow2(raw: Path, layer: Path) -> None:
     """Turn a raw image into a layer: a qcow2 file without a backing file. Raises `ProcessFailed`."""
     await process.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, layer])
-
-
-def size_for(tar: Path, *, at_least: int) -> int:
-    """Bytes a file system needs to hold the archive with room to work, in whole MiB."""
-    return max(at_least, (tar.stat().st_size * 3 // 2 // MIB + 64) * MIB)

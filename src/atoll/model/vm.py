@@ -186,7 +186,11 @@ class HostMemory(Struct, frozen=True, kw_only=True):
     shared: int
     """The part of it that several have mapped: memory of forks that none has written to yet, QEMU's own program."""
     saved: int
-    """What those that run would take besides if each had its own of what they share."""
+    """What those that run would take besides if each had its own of what they share, merged pages left out."""
+    merging: bool = False
+    """Whether the kernel merges equal pages (`atoll serve --merge-pages`)."""
+    merged: int = 0
+    """What they would take besides without that."""
     reserve: int = 0
     """What the computer's agent keeps for it; 0 without an agent that does. The rest is the agent's, too."""
     low: bool = False

@@ -6,14 +6,12 @@
 
 The journal is written before each step (which also says that the steps before it are done) and at the end. So after a
 crash the last step may or may not have been done: every `do` and every `undo` is idempotent, and depends on nothing but
-the request, the records and the world. `recover` finishes or undoes what a dead process left.
+the request, the records and the world. `recovery.py` finishes or undoes what a dead process left.
 """
 
 import asyncio
-import contextlib
-import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -21,12 +19,12 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from atoll.errors import AtollError, Cancelled, OperationStuck, RecordsFailed, from_os_error
-from atoll.host import facts
+from atoll.errors import AtollError, Cancelled, OperationStuck, from_os_error
 from atoll.model.names import new_id
-from atoll.model.operation import Operation, Owner, Progress, StepRecord, StepState
+from atoll.model.operation import Operation, Progress
 from atoll.model.requests import check_text
 from atoll.model.vm import Vm
+from atoll.operations.journal import Journal, this_process
 from atoll.operations.services import LOCK_TIMEOUT, Report, Services
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -81,47 +79,6 @@ WITNESS: ContextVar[Callable[[Operation], None] | None] = ContextVar("witness", 
 """Is told each operation that has ended, whatever its end."""
 
 
-class _Journal:
-    """One operation's record, written at each step."""
-
-    def __init__(self, services: Services, operation: Operation, notes: dict[str, Any], *, durable: bool) -> None:
-        self._records = services.records
-        self._durable = durable
-        self._notes = notes
-        self.operation = operation
-
-    def write(self, *, durable: bool = True, **changes: Any) -> None:
-        self.operation = replace(self.operation, notes=dict(self._notes), **changes)
-        self._records.put_operation(self.operation, durable=durable)
-
-    def try_to_write(self, **changes: Any) -> None:
-        """A full disk mustn't keep an undo from what it can do; what isn't written is undone once more later."""
-        with contextlib.suppress(RecordsFailed):
-            self.write(**changes)
-
-    def marked(self, name: str, state: StepState, error: str = "") -> tuple[StepRecord, ...]:
-        kept = [step for step in self.operation.steps if step.name != name]
-        return (*kept, StepRecord(name=name, state=state, error=error))
-
-    def intend(self, name: str) -> None:
-        done = tuple(replace(step, state="done") if step.state == "intended" else step for step in self.operation.steps)
-        self.operation = replace(self.operation, steps=tuple(step for step in done if step.name != name))
-        self.write(durable=self._durable, state="running", steps=self.marked(name, "intended"))
-
-    def finish(self) -> None:
-        steps = tuple(replace(step, state="done") for step in self.operation.steps)
-        self.write(state="done", steps=steps, finished_at=time.time(), error="")
-
-    def state_of(self, name: str) -> StepState | None:
-        return next((step.state for step in self.operation.steps if step.name == name), None)
-
-
-def this_process() -> Owner:
-    identity = facts.identity_of(os.getpid())
-    assert identity is not None
-    return Owner(pid=identity.pid, start_time=identity.start_time, boot_id=identity.boot_id)
-
-
 async def perform(
     verb: Verb[R],
     request: R,
@@ -146,16 +103,16 @@ async def perform(
             owner=this_process(),
             created_at=time.time(),
         )
-        journal = _Journal(services, operation, context.notes, durable=verb.durable)
+        journal = Journal(services, operation, context.notes, durable=verb.durable)
         try:
-            await _drive(verb, context, journal)
+            await drive(verb, context, journal)
         finally:
             if (witness := WITNESS.get()) is not None:
                 witness(journal.operation)
         return context
 
 
-async def _drive(verb: Verb[R], context: Context[R], journal: _Journal) -> None:
+async def drive(verb: Verb[R], context: Context[R], journal: Journal) -> None:
     """Go forward from the first step that isn't done; undo on failure or cancel."""
     forward = asyncio.ensure_future(_forward(verb, context, journal))
     watch = asyncio.ensure_future(_cancel_on_request(context.services, journal, forward))
@@ -170,7 +127,7 @@ async def _drive(verb: Verb[R], context: Context[R], journal: _Journal) -> None:
         watch.cancel()
 
 
-async def _forward(verb: Verb[R], context: Context[R], journal: _Journal) -> None:
+async def _forward(verb: Verb[R], context: Context[R], journal: Journal) -> None:
     for number, step in enumerate(verb.steps):
         if journal.state_of(step.name) == "done":
             continue
@@ -183,7 +140,7 @@ async def _forward(verb: Verb[R], context: Context[R], journal: _Journal) -> Non
     journal.finish()
 
 
-async def _cancel_on_request(services: Services, journal: _Journal, forward: "asyncio.Future[None]") -> None:
+async def _cancel_on_request(services: Services, journal: Journal, forward: "asyncio.Future[None]") -> None:
     """Cancel when another process asks for it. Short operations end before this starts to look."""
     await asyncio.sleep(0.5)
     from atoll.host.watch import changes
@@ -195,9 +152,9 @@ async def _cancel_on_request(services: Services, journal: _Journal, forward: "as
             return
 
 
-async def _after_failure(verb: Verb[R], context: Context[R], journal: _Journal, error: BaseException) -> None:
+async def _after_failure(verb: Verb[R], context: Context[R], journal: Journal, error: BaseException) -> None:
     told = _told(error, verb.name)
-    final = _final_step(verb, journal)
+    final = final_step(verb, journal)
     if final is not None:
         journal.try_to_write(state="stuck", error=told.text)
         raise OperationStuck(
@@ -205,7 +162,7 @@ async def _after_failure(verb: Verb[R], context: Context[R], journal: _Journal, 
             f"{told.why or told.what} (past the point of no return, step '{final}')",
             f"{told.next_step} Then run `atoll operation retry {journal.operation.id[:12]}`.".strip(),
         ) from error
-    undo = asyncio.ensure_future(_undo(verb, context, journal, told.text))
+    undo = asyncio.ensure_future(undo_all(verb, context, journal, told.text))
     while not undo.done():
         try:
             await asyncio.shield(undo)
@@ -237,7 +194,7 @@ def _told(error: BaseException, verb: str) -> AtollError:
     return AtollError(f"{verb} failed", f"{type(error).__name__}: {error}", "Set ATOLL_DEBUG=1 to see where.")
 
 
-def _final_step(verb: Verb[R], journal: _Journal) -> str | None:
+def final_step(verb: Verb[R], journal: Journal) -> str | None:
     """The name of the point of no return, if the operation has passed it."""
     for step in verb.steps:
         if step.final and journal.state_of(step.name) in ("intended", "done"):
@@ -245,7 +202,7 @@ def _final_step(verb: Verb[R], journal: _Journal) -> str | None:
     return None
 
 
-async def _undo(verb: Verb[R], context: Context[R], journal: _Journal, why: str) -> None:
+async def undo_all(verb: Verb[R], context: Context[R], journal: Journal, why: str) -> None:
     journal.try_to_write(state="undoing", error=why)
     for step in reversed(verb.steps):
         if journal.state_of(step.name) in (None, "undone"):
@@ -265,84 +222,3 @@ async def _undo(verb: Verb[R], context: Context[R], journal: _Journal, why: str)
             ) from error
         journal.operation = replace(journal.operation, steps=journal.marked(step.name, "undone"))
     journal.try_to_write(state="undone", finished_at=time.time())
-
-
-# What a dead process left
-
-
-def abandoned(services: Services) -> list[Operation]:
-    """Operations whose process died. A quick look that every command takes."""
-    unfinished = services.records.operations(unfinished=True)
-    return [operation for operation in unfinished if operation.state != "stuck" and not facts.is_alive(operation.owner)]
-
-
-async def recover(services: Services, verbs: Mapping[str, Verb[Any]]) -> list[str]:
-    """Finish or undo what dead processes left; returns a sentence about each."""
-    told = []
-    for operation in abandoned(services):
-        try:
-            told.append(await settle(services, verbs, operation.id, lock_timeout=0.0))
-        except OperationStuck as error:
-            told.append(error.text)
-        except AtollError:
-            # Busy: another command is at it, or the subject's owner works; nothing to tell.
-            continue
-    return [sentence for sentence in told if sentence]
-
-
-async def settle(
-    services: Services,
-    verbs: Mapping[str, Verb[Any]],
-    operation_id: str,
-    *,
-    forward: bool = False,
-    lock_timeout: float = 10.0,
-) -> str:
-    """Bring an unfinished operation to its end: forward past the point of no return or when asked, else undone.
-
-    Returns a sentence that tells what was done. Raises `Busy`, `OperationStuck`.
-    """
-    subject = _reload(services, operation_id)
-    async with services.lease(subject.subject, what=subject.subject_name, timeout=lock_timeout):
-        operation = _reload(services, operation_id)
-        if operation.state in ("done", "undone") or (operation.state != "stuck" and facts.is_alive(operation.owner)):
-            return ""
-        verb = verbs.get(operation.verb)
-        if verb is None:
-            raise OperationStuck(
-                f"'{operation.verb} {operation.subject_name}' was begun by another version of Atoll",
-                "this one doesn't know the verb",
-                "Use that version to finish it.",
-            )
-        context: Context[Any] = Context(
-            services=services,
-            subject=operation.subject,
-            request=msgspec.convert(operation.request, verb.request),
-            report=lambda progress: None,
-            notes=dict(operation.notes),
-        )
-        journal = _Journal(services, replace(operation, owner=this_process()), context.notes, durable=verb.durable)
-        what = f"'{operation.verb} {operation.subject_name}' had been interrupted"
-        if forward or _final_step(verb, journal) is not None:
-            await _drive(verb, context, journal)
-            outcome, told = "finished", "it was finished"
-        else:
-            begun = [step for step in verb.steps if journal.state_of(step.name) is not None]
-            await _undo(verb, context, journal, operation.error or "its process died")
-            outcome, told = "undone", "it was undone"
-            if not any(step.undo for step in begun):
-                told = "there was nothing to undo"
-        data = {"verb": operation.verb, "operation": operation.id}
-        services.records.add_event(
-            f"operation.{outcome}", vm_id=operation.subject, name=operation.subject_name, data=data
-        )
-        return f"{what}; {told}."
-
-
-def _reload(services: Services, operation_id: str) -> Operation:
-    from atoll.errors import NotFound
-
-    operation = services.records.operation(operation_id)
-    if operation is None:
-        raise NotFound(f"there is no operation '{operation_id}'", next_step="`atoll operation ls` lists them.")
-    return operation

@@ -64,10 +64,10 @@ async def _settle(services: Services) -> list[str]:
     """Finish or undo what killed commands have left, and remove what `run --rm` left behind; a sentence about each."""
     notices: list[str] = []
     if services.records.operations(unfinished=True):
-        from atoll.operations import engine
+        from atoll.operations.recovery import recover
         from atoll.operations.registry import VERBS
 
-        notices += await engine.recover(services, VERBS)
+        notices += await recover(services, VERBS)
     if services.records.throwaways():
         from atoll.operations.remove import remove_throwaways
 

@@ -126,7 +126,7 @@ class LocalOperations:
 
     async def cancel(self, reference: str) -> Operation:
         from atoll.host import facts
-        from atoll.operations import engine
+        from atoll.operations.recovery import settle
         from atoll.operations.registry import VERBS
 
         operation = await self.show(reference)
@@ -137,11 +137,11 @@ class LocalOperations:
             # The owner undoes it under the lock; when the lock is free, it is done.
             async with self._services.lease(operation.subject, what=operation.subject_name):
                 return await self.show(operation.id)
-        await engine.settle(self._services, VERBS, operation.id)
+        await settle(self._services, VERBS, operation.id)
         return await self.show(operation.id)
 
     async def retry(self, reference: str) -> Operation:
-        from atoll.operations import engine
+        from atoll.operations.recovery import settle
         from atoll.operations.registry import VERBS
 
         operation = await self.show(reference)
@@ -149,5 +149,5 @@ class LocalOperations:
             raise WrongState(
                 f"the operation {reference} has ended", f"it is {operation.state}", "Give its command again."
             )
-        await engine.settle(self._services, VERBS, operation.id, forward=True)
+        await settle(self._services, VERBS, operation.id, forward=True)
         return await self.show(operation.id)

@@ -19,6 +19,8 @@ from atoll.platform.reach import lost, why_not
 from atoll.platform.wire import Wire, error_of, refused
 
 Stdin = bytes | AsyncIterator[bytes] | None
+PIECE = 1 << 20
+"""Bytes of a message: the agent takes no long ones."""
 
 
 async def open_socket(wire: Wire, path: str) -> ClientConnection:
@@ -79,12 +81,16 @@ async def _send(socket: ClientConnection, stdin: Stdin) -> None:
     if stdin is None:
         return
     if isinstance(stdin, bytes):
-        await socket.send(stdin)
+        await _send_all(socket, stdin)
     else:
         async for piece in stdin:
-            if piece:
-                await socket.send(piece)
+            await _send_all(socket, piece)
     await socket.send(b"")
+
+
+async def _send_all(socket: ClientConnection, data: bytes) -> None:
+    for begin in range(0, len(data), PIECE):
+        await socket.send(data[begin : begin + PIECE])
 
 
 def _end(message: str) -> int | None:
@@ -158,16 +164,13 @@ class RemoteConnection:
         return message
 
     async def write(self, data: bytes) -> None:
-        # An empty message would say that nothing more comes.
-        if data:
-            await self._send(data)
-
-    async def _send(self, data: bytes) -> None:
+        # An empty message, of which this sends none, would say that nothing more comes.
         with contextlib.suppress(ConnectionClosed):
-            await self._socket.send(data)
+            await _send_all(self._socket, data)
 
     async def end(self) -> None:
-        await self._send(b"")
+        with contextlib.suppress(ConnectionClosed):
+            await self._socket.send(b"")
 
     async def close(self) -> None:
         await self._socket.close()

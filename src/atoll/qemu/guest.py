@@ -29,9 +29,6 @@ SYNC_AGAIN = 2.0
 LEAST_SYNC = 1 << 50
 """Sync numbers are from here on, so that they can be told from other replies."""
 
-FILE_CHUNK = 1 << 20
-"""Bytes for one guest-file-read or guest-file-write; the agent refuses reads of more than 48 MB."""
-
 
 class ExecStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the agent knows of a process that it started. With `exited` it has forgotten the process."""
@@ -170,27 +167,6 @@ class Agent:
                 found.append(None)
         return found
 
-    async def open_file(self, path: str, mode: Literal["rb", "wb", "ab"]) -> int:
-        """Open a file in the guest; the handle is to be closed by `close_file`."""
-        return int(await self.call("guest-file-open", path=path, mode=mode))
-
-    async def read_file(self, handle: int, count: int = FILE_CHUNK) -> tuple[bytes, bool]:
-        """Up to `count` bytes, and whether the file's end was reached."""
-        reply = await self.call("guest-file-read", handle=handle, count=count)
-        return base64.b64decode(reply["buf-b64"]), bool(reply["eof"])
-
-    async def write_file(self, handle: int, data: bytes) -> None:
-        """Write all of `data`. Raises `GuestFailed` when the guest's disk is full."""
-        rest = memoryview(data)
-        while rest:
-            reply = await self.call("guest-file-write", handle=handle, buf_b64=base64.b64encode(rest).decode())
-            if reply["count"] == 0:
-                raise GuestFailed("the guest wrote nothing", "its disk may be full")
-            rest = rest[reply["count"] :]
-
-    async def close_file(self, handle: int) -> None:
-        await self.call("guest-file-close", handle=handle)
-
     async def shutdown(self, mode: Literal["powerdown", "reboot", "halt"]) -> None:
         """Ask the guest to shut down. The agent doesn't answer this one unless it refuses."""
         self._writer.write(_request("guest-shutdown", {"mode": mode}))
@@ -207,16 +183,9 @@ class Agent:
         """Set the guest's clock to nanoseconds since 1970, or from its hardware clock."""
         await self.call("guest-set-time", time=nanoseconds)
 
-    async def os_info(self) -> dict[str, str]:
-        """The guest's os-release and kernel: `id`, `pretty-name`, `kernel-release` …"""
-        return dict(await self.call("guest-get-osinfo"))
-
     async def interfaces(self) -> list[dict[str, Any]]:
         """The guest's network interfaces with their addresses."""
         return list(await self.call("guest-network-get-interfaces"))
-
-    async def host_name(self) -> str:
-        return str((await self.call("guest-get-host-name"))["host-name"])
 
     async def freeze(self) -> int:
         """Freeze the guest's file systems, and tell how many; `thaw` must follow."""

@@ -6,7 +6,6 @@ import os
 import platform
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +149,3 @@ async def _ask(monitor: Monitor, binary: Path) -> Capabilities:
         cpus=frozenset(entry["name"] for entry in cpus),
         options=frozenset(entry["option"] for entry in options),
     )
-
-
-def native_accelerator() -> str:
-    """The accelerator that this system has, if any: kvm, hvf or whpx."""
-    return {"linux": "kvm", "darwin": "hvf", "win32": "whpx"}.get(sys.platform, "")

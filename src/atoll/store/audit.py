@@ -11,13 +11,13 @@ import msgspec
 
 from atoll.errors import from_os_error
 from atoll.host import files
+from atoll.host.watch import changes
 from atoll.model.audit import AuditEntry
 
 LARGEST = 8 << 20
 """Bytes of one file."""
 KEPT = 8
 """How many older ones are kept."""
-LOOK_AGAIN = 0.5
 _decoder = msgspec.json.Decoder(AuditEntry)
 
 
@@ -100,8 +100,9 @@ async def entries(*paths: Path, follow: bool = False, tail: int | None = None) -
     ends = {path: _end_of(path) for path in paths}
     for entry in await asyncio.to_thread(past, *paths, tail=tail):
         yield entry
-    while follow:
-        await asyncio.sleep(LOOK_AGAIN)
+    if not follow:
+        return
+    async for _ in changes(*paths):
         fresh: list[bytes] = []
         for path, (end, number) in ends.items():
             lines, end_now, number_now = _lines_after(path, end, number)
