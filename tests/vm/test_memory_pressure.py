@@ -103,16 +103,16 @@ async def test_memory_that_was_saved_before_balloons_deflated_is_loaded(
     await becomes(vm, lambda given: given <= 101 * MIB)
 
 
-CROWD, EACH = 4, 96 * MIB
+CROWD, EACH = 4, 160 * MIB
 """VMs, and what each of them wants at once."""
-SLACK, BALLAST = 160 * MIB, 2500 * MIB
+SLACK, BALLAST = 320 * MIB, 2500 * MIB
 """What is available above the reserve before, and what the test itself gives back in the end."""
 ALLOWED = 640 * MIB
 """How far below the reserve the computer may come for a moment: the margin at which VMs are suspended at once (188 MiB
 of 23.5 GiB), and what guests take until that is seen, also while there is no agent at all.
 """
 FILL = (
-    "(for turn in $(seq 16); do dd if=/dev/urandom bs=1M count=6 2>/dev/null; sleep 1; done"
+    "(for turn in $(seq 16); do dd if=/dev/urandom bs=1M count=10 2>/dev/null; sleep 1; done"
     " | tee /dev/shm/data | md5sum > /dev/shm/sum; touch /dev/shm/done) >/dev/null 2>&1 &"
 )
 
