@@ -149,10 +149,21 @@ async def test_a_clients_certificate_counts_as_its_token(
         Tokens(layout.tokens).rm("ci")
         assert (await known.get("/v1/vms")).status_code == 401
 
+    # One that is good for longer than its token.
+    token, _ = Tokens(layout.tokens).create("brief", scope="admin", expires_in=0)
+    authority = certificates.authority(layout.credentials)
+    (tmp_path / "brief.pem").write_bytes(certificates.client_certificate(authority, "brief", token.id))
+    async with with_certificate(tmp_path / "brief.pem") as brief:
+        for way in ways(layout):
+            if way.scope != PUBLIC and way.verb != "WS":
+                assert (await brief.request(way.verb, way.path)).status_code == 401, way
+
     foreign = certificates.authority(tmp_path / "foreign")
     (tmp_path / "foreign.pem").write_bytes(certificates.client_certificate(foreign, "ci", "1"))
+    expired = certificates.client_certificate(certificates.authority(layout.credentials), "ci", "1", lifetime=-60)
+    (tmp_path / "expired.pem").write_bytes(expired)
     # The agent's own certificate is one for servers.
-    for refused in (tmp_path / "foreign.pem", layout.server_certificate):
+    for refused in (tmp_path / "foreign.pem", tmp_path / "expired.pem", layout.server_certificate):
         async with with_certificate(refused) as unknown:
             with pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.RemoteProtocolError)):
                 await unknown.get("/v1/ca.pem")

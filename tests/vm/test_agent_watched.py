@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -144,6 +145,30 @@ async def test_operations_are_traced_below_their_tasks(layout: Layout, collector
     (operation,) = (span for span in collector if span.parent_span_id)
     assert operation.parent_span_id == tasks["groups.create"].span_id
     assert {each.key: each.value.string_value for each in operation.attributes}["atoll.state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listens", [False, True], ids=["nobody listens", "nobody answers"])
+async def test_a_collector_that_is_gone_holds_nothing_up(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], listens: bool
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        if not listens:
+            silent.close()
+        async with agent(layout) as served, api(layout) as client:
+            async with asyncio.timeout(30):
+                for each in range(50):
+                    assert (await client.post("/v1/groups", json={"name": f"g{each}"})).status_code == 200
+            # Spans are sent after some seconds, and again: it serves meanwhile, and ends though they are left.
+            said = ""
+            async with asyncio.timeout(60):
+                while not listens and "exporting spans" not in said:
+                    assert (await client.delete("/v1/groups/none")).status_code == 404
+                    await asyncio.sleep(0.1)
+                    said += capfd.readouterr().err
+            async with asyncio.timeout(45):
+                assert await served.end() == 0
 
 
 async def test_its_log_tells_each_task(layout: Layout, capfd: pytest.CaptureFixture[str]) -> None:

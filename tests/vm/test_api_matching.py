@@ -6,10 +6,14 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.helpers.agents import agent
+from tests.helpers.agents import agent, remote_agent, trusting
 from tests.helpers.api_client import api
 
+from atoll.errors import AtollError
 from atoll.layout import Layout
+from atoll.model.requests import SetRequest
+from atoll.platform.local import LocalHost
+from atoll.store.tokens import Tokens
 
 pytestmark = pytest.mark.vm
 WEB = "/v1/vms/web"
@@ -46,6 +50,30 @@ async def test_of_two_at_once_one_wins(client: httpx.AsyncClient, layout: Layout
             assert await labels(client) == {"by": f"{winner}{known}"}
     refused = next(each.json() for each in answers if each.status_code == 412)
     assert (refused["code"], refused["next_step"]) == ("changed", "Read it again, and decide anew.")
+
+
+async def test_of_one_over_https_and_one_in_this_process_one_wins(layout: Layout) -> None:
+    async with remote_agent(layout) as url, LocalHost(layout) as host:
+        headers = {"Authorization": f"Bearer {Tokens(layout.tokens).create('ops', scope='operate')[1]}"}
+        async with httpx.AsyncClient(base_url=url, verify=trusting(layout), headers=headers, timeout=60) as client:
+            await client.post("/v1/vms", json={"name": "web", "memory": "128MiB", "disks": [{"size": "1GiB"}]})
+            web = await host.get("web")
+            for count in range(3):
+                there, here = await asyncio.gather(
+                    client.post(f"{WEB}/start"), web.start(wait=False), return_exceptions=True
+                )
+                assert isinstance(there, httpx.Response)
+                lost = there.json()["code"] if there.status_code != 200 else getattr(here, "code", None)
+                assert (there.status_code == 200) is isinstance(here, AtollError), (there.text, here)
+                assert lost in ("wrong-state", "busy")
+                assert (await client.get(WEB)).json()["phase"] == "running"
+                await web.stop(force=True)
+                # Who insists on what has gone by is told, also by a change past the agent.
+                known = await tag(client)
+                await web.set(SetRequest(labels={"by": str(count)}))
+                assert (await set_label(client, "late", known)).status_code == 412
+                assert await labels(client) == {"by": str(count)}
+            await web.rm(force=True)
 
 
 async def test_one_wins_against_those_who_insist_on_nothing(client: httpx.AsyncClient) -> None:

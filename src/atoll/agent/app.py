@@ -62,6 +62,7 @@ def make_app(agent: Agent) -> Litestar:
         exception_handlers={
             AtollError: problems.on_atoll_error,
             HTTPException: problems.on_http_exception,
+            RecursionError: problems.on_recursion_error,
             Exception: problems.on_anything,
         },
         request_max_body_size=LARGEST_BODY,

@@ -10,6 +10,7 @@ from litestar.handlers import WebsocketRouteHandler
 
 from atoll.agent.handlers import Agent
 from atoll.agent.streams import Socket, served, tell
+from atoll.agent.websocket import unless_gone
 from atoll.model.streams import StreamState
 from atoll.platform.api import Connection
 
@@ -68,7 +69,7 @@ async def _both_ways(socket: Socket, connection: Connection, *, plain: str) -> N
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(detail="the client has gone")
             if data := message.get("bytes"):
-                await connection.write(data)
+                await unless_gone(socket, connection.write(data))
             elif not plain:
                 await connection.end()
                 return

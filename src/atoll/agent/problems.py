@@ -105,4 +105,19 @@ def on_anything(request: Request, error: Exception) -> Response[Problem]:  # typ
     return respond(problem_of(error))
 
 
-__all__ = ["MediaType", "on_anything", "on_atoll_error", "on_http_exception", "problem_of", "respond"]
+def on_recursion_error(request: Request, error: RecursionError) -> Response[Problem]:  # type: ignore[type-arg]
+    """A body of a hundred thousand brackets; what else recurses without an end is the agent's own failure."""
+    if "deserializing" not in str(error):
+        return on_anything(request, error)
+    return on_atoll_error(request, errors.InvalidInput("the request can't be used", "its body is nested too deeply"))
+
+
+__all__ = [
+    "MediaType",
+    "on_anything",
+    "on_atoll_error",
+    "on_http_exception",
+    "on_recursion_error",
+    "problem_of",
+    "respond",
+]

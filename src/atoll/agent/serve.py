@@ -22,6 +22,7 @@ from atoll.agent.pressure import Pressure
 from atoll.agent.state import State
 from atoll.agent.supervise import supervise
 from atoll.agent.transfers import swept
+from atoll.agent.websocket import LONGEST_MESSAGE, WatchedWebSocket
 from atoll.errors import Busy
 from atoll.host import files, page_merging, sockets
 from atoll.host.lease import lease
@@ -98,6 +99,7 @@ async def listen_remotely(
     if not addresses:
         yield []
         return
+    tls.spare()
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(tls.listening(each)) for each in addresses]
         identity = tls.Identity(layout, names)
@@ -203,7 +205,9 @@ def _server(app: Any, listener: Listener, connections: limits.Connections) -> _S
         headers=[(AGENT_HEADER.decode(), _INSTANCE)],
         timeout_keep_alive=limits.KEEP_ALIVE,
         timeout_graceful_shutdown=5,
-        ws_max_queue=8,
+        ws=WatchedWebSocket,
+        ws_max_size=LONGEST_MESSAGE,
+        ws_ping_interval=None,
     )
     config.load()
     config.ssl = listener.tls

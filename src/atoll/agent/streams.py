@@ -12,6 +12,7 @@ from litestar.handlers import WebsocketRouteHandler
 
 from atoll.agent.handlers import Agent
 from atoll.agent.problems import problem_of
+from atoll.agent.websocket import unless_gone
 from atoll.errors import AtollError, InvalidInput
 from atoll.model.streams import STDERR, STDOUT, ExecOpening, Resize, ShellOpening, StreamState
 from atoll.platform.api import Terminal
@@ -117,7 +118,7 @@ async def _ended_with(
     async def listen() -> None:
         try:
             while True:
-                await take(await socket.receive_data(mode="binary"))
+                await unless_gone(socket, take(await socket.receive_data(mode="binary")))
         except WebSocketDisconnect:
             work.cancel()
 
@@ -149,7 +150,7 @@ async def _join(socket: Socket, open_it: Callable[[], Awaitable[Terminal]]) -> S
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(detail="the client has gone")
             if (data := message.get("bytes")) is not None:
-                await terminal.write(data)
+                await unless_gone(socket, terminal.write(data))
             elif (text := message.get("text")) is not None:
                 size = msgspec.json.decode(text, type=Resize)
                 with contextlib.suppress(AtollError):

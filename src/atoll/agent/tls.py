@@ -10,6 +10,7 @@ import ssl
 import struct
 import sys
 import time
+from asyncio import constants, sslproto
 from collections.abc import Iterator, Sequence
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -24,8 +25,17 @@ LONGEST_LOOK = 3600.0
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.%\w]+)\]|(?P<v4>[^\[\]:]*)):(?P<port>\d{1,5})")
 
 
+RECORD = 16 << 10
+"""Bytes of the longest record of TLS."""
+HANDSHAKE_TIMEOUT = 15.0
 _PEER = struct.Struct("iII")
 """What Linux tells of the process at the other end of a Unix socket: its id, user and group."""
+
+
+def spare() -> None:
+    """Of each connection asyncio keeps 256 KiB, and waits a minute for its handshake: for strangers, that is much."""
+    sslproto.SSLProtocol.max_size = RECORD
+    constants.SSL_HANDSHAKE_TIMEOUT = HANDSHAKE_TIMEOUT
 
 
 class Identity:

@@ -60,3 +60,13 @@ def answers(path: Path) -> bool:
     with contextlib.suppress(OSError), connect(path):
         return True
     return False
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Notice within a minute that the other computer has vanished, where this one only waits. Not for Unix sockets."""
+    if connection.family == socket.AF_UNIX:
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -41,14 +41,18 @@ class _Line:
         self._lingering: asyncio.Task[None] | None = None
 
     async def take(self, paths: VmPaths, name: str, *, timeout: float) -> Agent:
-        await self._stop_lingering()
-        if self._agent is not None:
-            try:
+        try:
+            await self._stop_lingering()
+            if self._agent is not None:
                 await self._agent.synchronise(timeout=timeout)
                 return self._agent
-            except GuestFailed:
-                # That QEMU is gone; there may be a new one.
-                await self.drop()
+        except GuestFailed:
+            # That QEMU is gone; there may be a new one.
+            await self.drop()
+        except BaseException:
+            # Nobody would notice any more that others want it.
+            await self.drop()
+            raise
         stop_knocking()
         async with contextlib.AsyncExitStack() as stack:
             lock = paths.lock("agent")
@@ -66,7 +70,11 @@ class _Line:
             lingering, self._lingering = self._lingering, None
             lingering.cancel()
             # Until it has let go of its descriptor: if that was closed before, another one of its number would suffer.
-            await asyncio.wait([lingering])
+            try:
+                await asyncio.wait([lingering])
+            except asyncio.CancelledError:
+                await asyncio.wait([lingering])
+                raise
 
     async def give_up(self) -> None:
         await self._stop_lingering()

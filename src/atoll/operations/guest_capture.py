@@ -5,9 +5,8 @@ The agent keeps up to 16 MiB of each output and gives them at the end, and nothi
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-
-import anyio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 from atoll.errors import Busy, GuestFailed, Unsupported
 from atoll.layout import VmPaths
@@ -17,6 +16,8 @@ from atoll.operations.guest_slot import SH
 from atoll.qemu.guest import CAPTURE_LIMIT, Agent, ExecStatus, Refused
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.5
+KILLING = 15.0
+"""Seconds for a command to be killed."""
 
 
 async def execute_captured(
@@ -39,9 +40,7 @@ async def execute_captured(
     except GuestFailed:
         raise
     except BaseException:
-        with anyio.move_on_after(15, shield=True), contextlib.suppress(GuestFailed, Busy):
-            async with exchange(paths, name) as agent:
-                await kill_tree(agent, pid)
+        await to_its_end(_killed(paths, name, pid))
         raise
     out(status.stdout)
     err(status.stderr)
@@ -52,6 +51,23 @@ async def execute_captured(
             "Let it write to a file, and copy that with `atoll cp`.",
         )
     return status.code
+
+
+async def to_its_end(doing: Coroutine[Any, Any, None]) -> None:
+    """Kill what nobody waits for: somebody who is cancelled again, as clients are that go in several ways at once, does
+    it all the same. Time ends it. That it fails is no news.
+    """
+    work = asyncio.ensure_future(asyncio.wait_for(doing, KILLING))
+    while not work.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([work])
+    with contextlib.suppress(GuestFailed, Busy, TimeoutError):
+        work.result()
+
+
+async def _killed(paths: VmPaths, name: str, pid: int) -> None:
+    async with exchange(paths, name) as agent:
+        await kill_tree(agent, pid)
 
 
 async def _whole(name: str, stdin: bytes | AsyncIterator[bytes] | None) -> bytes | None:

@@ -4,13 +4,11 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-import anyio
-
-from atoll.errors import Busy, GuestFailed, TimedOut
+from atoll.errors import TimedOut
 from atoll.layout import VmPaths
 from atoll.model.vm import ExecRequest, ExecResult
 from atoll.operations import guest_scripts
-from atoll.operations.guest_capture import execute_captured
+from atoll.operations.guest_capture import execute_captured, to_its_end
 from atoll.operations.guest_running import Drain, LostCommand, Place, Running, Stdin
 from atoll.operations.guest_slot import free_slot
 
@@ -80,7 +78,6 @@ async def _stream(how: Place, command: list[str], stdin: Stdin, outputs: Outputs
             raise
         except BaseException:
             # Ctrl-C, the timeout, a sink that fails: nobody waits for the command any more.
-            with anyio.move_on_after(15, shield=True), contextlib.suppress(GuestFailed, Busy):
-                await running.kill()
+            await to_its_end(running.kill())
             raise
         return running.streams[0].code

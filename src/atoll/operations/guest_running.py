@@ -13,7 +13,7 @@ from atoll.errors import Busy, GuestFailed
 from atoll.layout import VmPaths
 from atoll.operations import guest_scripts
 from atoll.operations.guest_agent import exchange
-from atoll.operations.guest_capture import kill_tree
+from atoll.operations.guest_capture import kill_tree, to_its_end
 from atoll.operations.guest_slot import SH, Relay, Slot, forget
 from atoll.operations.guest_stream import OutputStream
 from atoll.qemu.guest import Agent, Refused, UnknownProcess
@@ -27,6 +27,8 @@ WRITERS_LEFT = 0.25
 """Seconds after a command's end within which the relays say that no writer is left; else something runs on."""
 FIRST_LOOK, LONGEST_LOOK = 2.0, 30.0
 """Seconds without a byte after which the agent is asked whether the command is still there."""
+GREETING = 60.0
+"""Seconds for new relays to say that they are ready, in a guest that has much to do."""
 
 
 class LostCommand(GuestFailed):
@@ -71,8 +73,20 @@ class Running:
             slot.remember(self._relay)
             self.streams = tuple(OutputStream(first=first, second=second, mark=relay.mark, sink=sink) for sink in sinks)
             words = ["-c", script, "sh", str(slot.number), first, second, self._how.cwd, *command]
-            self.pid = await agent.start(SH, words)
+            await self._started(agent, words)
         return True
+
+    async def _started(self, agent: Agent, words: list[str]) -> None:
+        """Start the command's shell. Who is cancelled meanwhile learns its number, since it has to be killed."""
+        starting = asyncio.ensure_future(agent.start(SH, words))
+        try:
+            self.pid = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await to_its_end(self._numbered(starting))
+            raise
+
+    async def _numbered(self, starting: "asyncio.Future[int]") -> None:
+        self.pid = await starting
 
     async def _greeted(self, agent: Agent, relay: Relay) -> bool:
         """Wait for the first marks of new relays; false if they end instead."""
@@ -82,12 +96,15 @@ class Running:
         )
         for stream in hello:
             stream.marks_count = True
-        pause = 0.1
+        pause, waited = 0.1, 0.0
         try:
             while not (await asyncio.wait({reading}, timeout=pause))[0]:
                 status = await agent.status(relay.pid)
                 if status.exited:
                     return False
+                waited += pause
+                if waited > GREETING:
+                    raise self._lost(f"its streams weren't ready in {GREETING:g} s")
                 pause *= 2
             await reading
             return True
@@ -163,8 +180,11 @@ class Running:
         except TimeoutError:
             # Something runs on in the background: it keeps the old relays' ends, the next command gets new ones.
             async with exchange(self._how.paths, self._how.name) as agent:
-                await self._how.slot.renew(agent)
+                relay = await self._how.slot.renew(agent)
                 await forget(agent, self.pid)
+                # What they say goes to whoever is connected now, so it is heard now.
+                if await self._greeted(agent, relay):
+                    self._how.slot.remember(msgspec.structs.replace(relay, uses=1))
             return
         self._how.slot.remember(msgspec.structs.replace(self._relay, clean=True, last=self.pid))
 

@@ -27,6 +27,7 @@ class Relay(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     mark: str
     uses: int = 0
+    """Commands that it has served. Relays without any may have told somebody who has gone that they are ready."""
     last: int | None = None
     """The pid of the last command's shell, to be collected so that the agent forgets it."""
     clean: bool = False
@@ -57,7 +58,7 @@ class Slot:
             # One look for both: the relays' process, and the last command's, which the agent forgets by that.
             status, *_ = await agent.statuses(relay.pid, *(() if relay.last is None else (relay.last,)))
             runs = status is not None and not status.exited
-            if runs and relay.clean and relay.uses < guest_scripts.USES:
+            if runs and relay.clean and 0 < relay.uses < guest_scripts.USES:
                 return relay
         return await self.renew(agent)
 

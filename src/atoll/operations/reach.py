@@ -83,8 +83,19 @@ async def open_port(vm: Vm, port: int, *, services: Services) -> Channel:
         raise NetworkFailed(
             f"{vm.name}: nobody answers at port {port}",
             str(error) or f"nothing came back in {CONNECT_TIME:g} s",
-            f"See in the guest what listens there: `atoll exec {vm.name} -- netstat -tln`.",
+            _where_to_look(vm),
         ) from error
+
+
+def _where_to_look(vm: Vm) -> str:
+    look = f"See in the guest what listens there: `atoll exec {vm.name} -- netstat -tln`."
+    groups = next((nic.groups for nic in vm.spec.nics if nic.network is not None and nic.address is not None), ())
+    if not groups:
+        return look
+    return (
+        f"{look} Its card has the security groups {' '.join(groups)}, which hold for this computer as well: let in the "
+        "network's own address, or publish the port."
+    )
 
 
 async def _connected(vm: Vm, port: int, services: Services) -> socket.socket:

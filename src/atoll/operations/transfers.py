@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from atoll.errors import ImageRefused, InvalidInput, NotFound, WrongState, from_os_error
+from atoll.errors import ImageRefused, InvalidInput, NotFound, TooMany, WrongState, from_os_error
 from atoll.host import facts, files
 from atoll.host.files import CHUNK
 from atoll.images.source import in_thread, progress_teller, shown, write_at
@@ -28,6 +28,7 @@ BUNDLE_IDLE = 3600.0
 """Seconds after which nobody is expected to go on."""
 PRUNED_IDLE = 600.0
 """The same for `atoll prune`, which somebody asks for who wants the room."""
+MOST_UPLOADS = 1000
 _KINDS = {"upload": UPLOAD_IDLE, "bundle": BUNDLE_IDLE}
 _ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
@@ -52,8 +53,12 @@ def sweep(layout: Layout) -> None:
 
 
 def begin_upload(layout: Layout, request: UploadRequest) -> Upload:
-    """Raises `StorageFailed` when the disk has no room for all of it."""
+    """Raises `StorageFailed` when the disk has no room for all of it, `TooMany`."""
     sweep(layout)
+    if sum(1 for _ in layout.temporary.glob("upload-*")) >= MOST_UPLOADS:
+        raise TooMany(
+            f"{MOST_UPLOADS} uploads wait to be used", next_step="Use some of them, or drop them: `atoll prune`."
+        )
     facts.check_room(files.make_folder(layout.temporary), request.size, what="the file")
     upload_id = new_id()
     paths = layout.transfer("upload", upload_id)
