@@ -61,6 +61,8 @@ async def test_an_agent_promises_no_more_than_it_may(layout: Layout) -> None:
     await adopt_cached("tiny", layout)
     total = facts.memory().total
     options = ("--memory-overcommit", "1.5", "--memory-reserve", str(total - 200 * MIB))
+    # So much is never available, and the agent would make room.
+    options += ("--on-memory-pressure", "nothing")
     place = Place(url="http://atoll", socket=str(layout.agent_socket))
     async with agent(layout, *options), RemoteHost(place) as host:
         first = await host.run("tiny", name="first", memory="128MiB")

@@ -31,10 +31,13 @@ ALL_OF_IT = str(facts.memory().total)
 
 async def given_to(vm: Machine) -> int:
     """What the balloon leaves the guest."""
-    services = vm._services
-    reading = (await balloon.ask_all(services, [vm.record], interval=0))[vm.record.id]
-    assert reading.given is not None
-    return reading.given
+    async with asyncio.timeout(60):
+        # An agent that asks it at this moment holds its lock.
+        while vm.record.id not in (readings := await balloon.ask_all(vm._services, [vm.record], interval=0)):
+            await asyncio.sleep(0.1)
+    given = readings[vm.record.id].given
+    assert given is not None
+    return given
 
 
 async def becomes(vm: Machine, holds: Callable[[int], bool]) -> int:
@@ -97,23 +100,24 @@ async def test_memory_that_was_saved_before_balloons_deflated_is_loaded(
     assert await vm.sh("cat /dev/shm/file") == "kept"
     (fork,) = await factory.host.fork("v@old", 1)
     assert (await fork.exec(["cat", "/dev/shm/file"])).text == "kept"
-    readings = await balloon.ask_all(vm._services, [vm.record, factory.machine(fork).record], interval=0)
-    assert [each.mapped for each in readings.values()] == [False, True], "a fork's balloon frees nothing"
+    both = [vm.record, factory.machine(fork).record]
+    readings = await balloon.ask_all(vm._services, both, interval=0)
+    assert [readings[each.id].mapped for each in both] == [False, True], "a fork's balloon frees nothing"
     await vm.set(SetRequest(memory="100MiB"))
     await becomes(vm, lambda given: given <= 101 * MIB)
 
 
-CROWD, EACH = 5, 200 * MIB
+CROWD, EACH = 4, 160 * MIB
 """VMs, and what each of them wants at once."""
-SLACK, BALLAST = 450 * MIB, 2500 * MIB
+SLACK, BALLAST = 320 * MIB, 2500 * MIB
 """What is available above the reserve before, and what the test itself gives back in the end."""
 ALLOWED = 640 * MIB
 """How far below the reserve the computer may come for a moment: the margin at which VMs are suspended at once (188 MiB
 of 23.5 GiB), and what guests take until that is seen, also while there is no agent at all.
 """
 FILL = (
-    "nohup sh -c 'for turn in $(seq 20); do dd if=/dev/urandom bs=1M count=10 2>/dev/null; sleep 1; done"
-    " | tee /dev/shm/data | md5sum > /dev/shm/sum; touch /dev/shm/done' >/dev/null 2>&1 &"
+    "(for turn in $(seq 16); do dd if=/dev/urandom bs=1M count=10 2>/dev/null; sleep 1; done"
+    " | tee /dev/shm/data | md5sum > /dev/shm/sum; touch /dev/shm/done) >/dev/null 2>&1 &"
 )
 
 
@@ -138,7 +142,7 @@ class Watched:
                 await asyncio.sleep(0.2)
 
 
-async def happened(factory: Factory, kind: str, *, after: int = 0, seconds: float = 120) -> Event:
+async def happened(factory: Factory, kind: str, *, after: int = 0, seconds: float = 300) -> Event:
     async with asyncio.timeout(seconds), contextlib.aclosing(factory.host.events(after=after)) as events:  # type: ignore[type-var]
         async for event in events:
             if event.kind == kind:
@@ -154,12 +158,13 @@ async def all_go_on(crowd: list[Machine]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 async def test_when_all_want_their_memory_at_once_the_computer_keeps_its_reserve_and_no_vm_is_lost(
     factory: Factory, capfd: pytest.CaptureFixture[str]
 ) -> None:
     layout = factory.layout
-    first = await factory.run("tiny", name="v0", memory="448MiB", on_memory_pressure="balloon")
+    first = await factory.create("tiny", name="v0", memory="384MiB", on_memory_pressure="balloon")
+    await first.start(wait=True, timeout=600)
     crowd = [first, *map(factory.machine, await first.fork(CROWD - 1, name="v{n}"))]
     for vm in crowd[1:]:
         # A fork's memory is the first one's until it writes it; now each has its own, as VMs that have booted do.
@@ -194,7 +199,7 @@ async def test_when_all_want_their_memory_at_once_the_computer_keeps_its_reserve
         await happened(factory, "host.memory-relieved", after=suspended.id)
         await all_go_on(crowd)
         for vm in crowd:
-            async with asyncio.timeout(240):
+            async with asyncio.timeout(600):
                 while (await vm.exec(["test", "-e", "/dev/shm/done"])).exit_code:
                     await asyncio.sleep(1)
         await all_go_on(crowd)
@@ -202,7 +207,7 @@ async def test_when_all_want_their_memory_at_once_the_computer_keeps_its_reserve
             assert await vm.sh("stat -c %s /dev/shm/data") == str(EACH)
             assert await vm.sh("md5sum < /dev/shm/data") == await vm.read("/dev/shm/sum")
             assert await vm.read("/proc/sys/kernel/random/boot_id") == boot, "it is the same run of the guest"
-            await becomes(vm, lambda given: given >= 447 * MIB)
+            await becomes(vm, lambda given: given >= 383 * MIB)
     watching.cancel()
     events = [event async for event in factory.host.events(follow=False, after=begun)]
     slept = [event.name for event in events if event.kind == "vm.suspended"]

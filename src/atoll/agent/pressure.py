@@ -31,7 +31,7 @@ NEAR = 4
 ASK_INTERVAL = 1.0
 MOVING_TIME = 2.0
 """Seconds after which a guest is taken to have done what its balloon was told."""
-AGAIN = 60.0
+AGAIN = 5.0
 """Seconds after which something that failed is tried again."""
 SCRAPE_INTERVAL, SCRAPED_LATELY = 10.0, 60.0
 LITTLE = 1 << 20
@@ -140,7 +140,7 @@ class Pressure:
             # They have been asked in the last second, so what is read now is fresh.
             self._answered_at = now
         self._polled = self._state.low or (everyone and not self._polled)
-        asked = [vm for vm in running if everyone or vm.id in self._held]
+        asked = [vm for vm in running if vm.id not in self._leaving and (everyone or vm.id in self._held)]
         self._asking = asyncio.create_task(self._ask(asked, interval=1 if self._polled else 0))
 
     async def _ask(self, asked: list[Vm], *, interval: int) -> None:

@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from atoll.errors import AtollError, EngineFailed, WrongState
-from atoll.host.sockets import connect
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Vm
 from atoll.operations.power import control
 from atoll.operations.services import Services
-from atoll.qemu.monitor import Monitor
 
 PATH = "/machine/peripheral/balloon"
 RAM_PATH = "/objects/ram"
@@ -68,7 +66,13 @@ async def ask_all(services: Services, vms: Iterable[Vm], *, interval: int) -> di
 
 
 async def _ask(services: Services, vm: Vm, interval: int) -> Reading:
-    async with Monitor(connect(services.layout.vm(vm.id).socket("observe")), timeout=ANSWER_TIME) as monitor:
+    """By the monitor of who holds the lock: on a busy computer this takes seconds, and whoever asks for the phase
+    meanwhile would find the other monitor taken. Raises `Busy` when something else is done with the VM.
+    """
+    async with (
+        services.lease(vm.id, what=f"the VM '{vm.name}'", timeout=0),
+        control(services, vm) as monitor,
+    ):
         status = await monitor.execute("query-status", timeout=ANSWER_TIME)
         running = phase_of_run_state(status["status"]) is Phase.RUNNING
         try:
