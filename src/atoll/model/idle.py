@@ -9,7 +9,7 @@ from atoll.model.units import format_duration, parse_duration
 
 SHARE = 0.1
 """Of one processor's time: who takes less does nothing but wait. Under emulation, where timers cost most, an idle
-busybox takes 0.03, and an idle Debian (systemd, its clocks, cron) 0.04 to 0.06; one process that works takes 1.
+busybox takes 0.03 (measured); one process that works takes 1.
 """
 ALWAYS = 0.9
 """Of the time: a thread that had something to do for longer works, however little of a processor it got."""
