@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from atoll import layout as layouts
 from atoll.host import facts, page_merging
 from atoll.layout import Layout
+from atoll.model.requests import SetRequest
 from atoll.model.units import MIB
 from atoll.platform.local import LocalHost
 from atoll.platform.remote import RemoteHost
@@ -31,6 +32,7 @@ from bench.harness import Figures, Goal
 MEMORY = "128MiB"
 AT_ONCE = 3
 RECORDED = 500
+IDLE = "20s"
 SETTLED, LONGEST = 0.01, 900.0
 """Scans have settled when a whole one saves less than a hundredth more; seconds that this may take."""
 GOAL = (Goal("without", 0.5),)
@@ -103,6 +105,19 @@ def scanner() -> int:
     return int(next(threads).parent.name)
 
 
+async def sleeping(host: LocalHost) -> None:
+    """Until all have been suspended since nobody used them; an agent is there."""
+    awake = {info.vm.id for info in await host.ls()}
+    last = host.services.records.last_event()
+    for vm_id in awake:
+        await (await host.get(vm_id)).set(SetRequest(suspend_when_idle=IDLE))
+    async with asyncio.timeout(LONGEST):
+        async for event in host.events(after=last):
+            awake -= {event.vm_id} if event.kind == "vm.suspended" else set()
+            if not awake:
+                return
+
+
 async def use(layout: Layout, seconds: float) -> None:
     """What an agent is asked for: lists, figures, events; as several who watch it would."""
     transport = httpx.AsyncHTTPTransport(uds=str(layout.agent_socket))
@@ -166,14 +181,21 @@ async def measured(layout: Layout, count: int) -> Sides:
                 took = await until_settled()
                 spent = facts.cpu_seconds(scanner()) - spent
                 together = {"pss": proportional(pids), "available": before - available()}
+            with serving(layout):
+                await sleeping(host)
+                asleep = {"pss": proportional(processes_of(layout)), "available": before - available()}
+                began = time.perf_counter()
+                await (await host.get("idle-0")).exec(["true"])
+                woken = time.perf_counter() - began
         finally:
             await remove_all(host)
-    name = "the same with pages merged"
-    values[name] = {"atoll": [together["pss"]], "without": [alone["pss"]]}
-    values[f"{name}, by the host's available memory"] = {
-        "atoll": [together["available"]],
-        "without": [alone["available"]],
-    }
+    for name, found in (("the same with pages merged", together), ("the same suspended when idle", asleep)):
+        values[name] = {"atoll": [found["pss"]], "without": [alone["pss"]]}
+        values[f"{name}, by the host's available memory"] = {
+            "atoll": [found["available"]],
+            "without": [alone["available"]],
+        }
+    values["exec in one that sleeps"] = {"atoll": [woken]}
     values["until nothing more is merged"] = {"atoll": [took]}
     values["processor time of that"] = {"atoll": [spent]}
     return values
@@ -193,7 +215,7 @@ def figures(environment: Mapping[str, str], tell: Callable[[str], None], count: 
         yield Figures(case=f"{count} idle tiny VMs", unit="MiB", goals=(), errors={"atoll": why})
         return
     for case, sides in json.loads(finished.stdout).items():
-        seconds = case.startswith(("until", "processor"))
+        seconds = case.startswith(("until", "processor", "exec"))
         goals = (Goal(limit=150),) if case.startswith("agent") else GOAL if "without" in sides else ()
         yield Figures(case=case, unit="s" if seconds else "MiB", goals=goals, values=sides)
 

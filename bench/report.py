@@ -135,8 +135,9 @@ NOTES = """## What is measured
   processes' proportional sets (what several have is counted once), and beside it by how much the host's available
   memory fell since there were none, which whatever else runs there blurs. With pages merged: after scans find nothing
   more, with the time and the kernel's processor time that took. Under emulation a third and more of an idle VM is
-  QEMU's translated code, which can't be merged; under KVM there is none. The agent's memory is that after a minute of
-  lists, figures and events.
+  QEMU's translated code, which can't be merged; under KVM there is none. Suspended when idle: each after 20 s in
+  which nobody used it (`--suspend-when-idle`); what is left is helpers of cards with published ports, and these have
+  none. The agent's memory is that after a minute of lists, figures and events.
 - **ls**: with that many stopped VMs; whole processes.
 - **processes beside a running VM**: those of ours that stay, beside QEMU and the helper of its network
   (slirp4netns, with under 1 MiB of its own). libvirt's memory is that of its daemons.
