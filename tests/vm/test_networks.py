@@ -221,6 +221,11 @@ async def test_nat_leads_out_and_published_ports_lead_in(hosts: Factory) -> None
     await web.unpublish(second)
     with pytest.raises(OSError):
         fetched(second)
+    await web.suspend()
+    with pytest.raises(ConnectionRefusedError):
+        fetched(first)
+    await web.resume()
+    assert b"served" in fetched(first)
     await web.stop(force=True)
     with pytest.raises(OSError):
         fetched(first)

@@ -22,7 +22,7 @@ from atoll.model.snapshot import Memory
 from atoll.model.state import Phase, require
 from atoll.model.supervision import EndReason, SuspendReason
 from atoll.model.vm import Exit, Vm
-from atoll.operations import bells, capture, observe
+from atoll.operations import bells, capture, network_ports, observe
 from atoll.operations.boot import engines_of, kill_strays
 from atoll.operations.create import IMAGES_LOCK
 from atoll.operations.descriptors import hand_over_new, set_path, take_back
@@ -122,6 +122,8 @@ async def _end(context: Context[SuspendRequest]) -> None:
     services, vm = context.services, context.vm
     if services.inherits is None or not vm.sleeps:
         await kill_strays(services, vm)
+        if not vm.sleeps:
+            await network_ports.unpublish_all(services, vm.spec.nics)
         return
     kept = bells.Kept()
     for engine in engines_of(vm):
