@@ -1,5 +1,6 @@
 """The command line as a whole, on real records; no guest runs here."""
 
+import asyncio
 import json
 import os
 import re
@@ -19,14 +20,18 @@ from tests.helpers.records import WEB
 
 from atoll.cli.listing import _description
 from atoll.cli.main import ALIASES, SECTIONS, cli
+from atoll.errors import Busy
+from atoll.host import facts
 from atoll.model.isolation import Barrier, Isolation
 from atoll.model.names import new_id
 from atoll.model.operation import Operation, Owner
+from atoll.model.pressure import Figures
 from atoll.model.snapshot import Memory, Snapshot
 from atoll.model.spec import NicSpec, PortSpec, VmSpec
 from atoll.model.state import Phase
 from atoll.model.vm import Vm, VmInfo
 from atoll.operations.services import Services
+from atoll.operations.wake import wake
 
 Run = Callable[..., Result]
 
@@ -222,6 +227,14 @@ def test_show_tells_the_snapshot_a_vm_stands_on_and_whether_it_is_suspended(run:
     assert re.search(r"^Snapshot: +front@clean$", run("show", "copy").stdout, re.M)
     assert re.search(r"^Suspended: +yes, 3MiB of memory; `atoll resume copy`", run("show", "copy").stdout, re.M)
     assert re.search(r"^Snapshot: +one that is forgotten$", run("show", "lost").stdout, re.M)
+
+
+def test_one_that_sleeps_for_want_of_memory_isnt_woken_while_there_is_none(services: Services) -> None:
+    memory = Memory(id=new_id(), file_size=3 << 20, accelerator="tcg")
+    web = add_vm(services, "web", suspended=memory, suspended_because="memory")
+    services.pressure = Figures(reserve=facts.memory().total)
+    with pytest.raises(Busy, match=r"web sleeps, and can't be woken: the computer's memory is short: it takes 99MiB"):
+        asyncio.run(wake(web, services=services, by="command"))
 
 
 def test_rename_and_labels_change_the_record(run: Run, services: Services) -> None:
