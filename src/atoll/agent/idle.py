@@ -24,6 +24,8 @@ from atoll.platform.local import LocalHost
 MISHAP_DELAY = 5.0
 BELLS_AGAIN = 10.0
 """Seconds until ports that another program had are tried once more."""
+BURST = 0.2
+"""Seconds in which what happens is looked at once: each look reads all records that have changed."""
 _TOGETHER = 4
 """Suspensions at the same time: each writes a memory to the disk."""
 
@@ -96,6 +98,7 @@ class _Watch:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.05, due - time.monotonic())):
                     await self._changed.wait()
+                    await asyncio.sleep(BURST)
             self._bells.try_again()
 
     async def _look_at_all(self) -> float:
