@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 from atoll.agent.recover import Tell
@@ -39,11 +39,12 @@ async def finished(tasks: list[asyncio.Task[None]]) -> None:
 class Bell:
     """One VM's: its networks, and the socket at which who starts it gets them."""
 
-    def __init__(self, vm: Vm, kept: bells.Kept, server: socket.socket, rung: Callable[[], None]) -> None:
+    def __init__(self, vm: Vm, kept: bells.Kept, server: socket.socket, bells_of_all: "Bells") -> None:
         self.nics: list[NicSpec] = bells.answering(vm)
+        self._vm_id = vm.id
         self._kept = kept
         self._server = server
-        self._rung = rung
+        self._all = bells_of_all
         self._listening: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(server, self._hand_over)
@@ -69,7 +70,7 @@ class Bell:
             # Who has asked for its address shall send what it wants before the guest is there to answer.
             address = bells.address_of(nic)
             sleeping_link.announce(self._kept.descriptors[f"nic-{nic.name}"], mac=nic.mac, address=address)
-        self._rung()
+        self._all.rung(self._vm_id)
 
     def _deafen(self) -> None:
         for each in self._listening:
@@ -83,6 +84,8 @@ class Bell:
                 self._deafen()
                 bells.hand_over(client, self._kept)
         self.close()
+        # Who has taken its networks may fail to start it; then it is to have another one.
+        self._all.look_at(self._vm_id)
 
     def close(self) -> None:
         """Its helpers end, and the ports are free."""
@@ -182,7 +185,7 @@ class Bells:
             kept.close()
             raise
         server.setblocking(False)
-        bell = self._bells[vm.id] = Bell(vm, kept, server, lambda: self._rung(vm.id))
+        bell = self._bells[vm.id] = Bell(vm, kept, server, self)
         rest = self._resting.pop(vm.id, 0.0) - time.monotonic()
         if rest > 0:
             asyncio.get_running_loop().call_later(rest, bell.listen)
@@ -192,10 +195,10 @@ class Bells:
         else:
             bell.listen()
 
-    def _rung(self, vm_id: str) -> None:
+    def rung(self, vm_id: str) -> None:
         if vm_id in self._work:
             # It is being looked at; who calls isn't forgotten by that.
-            self._work[vm_id].add_done_callback(lambda _: self._rung(vm_id))
+            self._work[vm_id].add_done_callback(lambda _: self.rung(vm_id))
         else:
             self._begin(vm_id, self._wake(vm_id))
 

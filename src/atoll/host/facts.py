@@ -212,9 +212,10 @@ def connected_ports() -> set[int]:
     for file in ("net/tcp", "net/tcp6"):
         with contextlib.suppress(FileNotFoundError):
             for line in (PROC / file).read_text().splitlines()[1:]:
-                _, address, _, state = line.split()[:4]
-                # Those that the other side has ended half of count, too (include/net/tcp_states.h).
-                if state in ("01", "08"):
+                _, address, _, state, _, _, _, _, _, inode = line.split()[:10]
+                # Those count, too, of which one side has ended its half, as long as a program has them
+                # (include/net/tcp_states.h: FIN_WAIT2, CLOSE_WAIT).
+                if state in ("01", "08") or (state == "05" and inode != "0"):
                     found.add(int(address.rpartition(":")[2], 16))
     return found
 
