@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tests.helpers.ports import free_port
 from tests.helpers.root import only_root
 
 from atoll.errors import AlreadyExists, EngineFailed, MissingTool, Unsupported
-from atoll.host import facts, frame_filter, helper_jail, kernel, process, user_network
+from atoll.host import descriptors, facts, frame_filter, helper_jail, kernel, process, user_network
 from atoll.host.user_network import Link, command, helper_of, open_link
 from atoll.model.launch import UserNetwork
 from atoll.model.spec import PortSpec
@@ -213,6 +214,19 @@ def is_answered(link: Link, port: PortSpec) -> bool:
         return client.recv(100) == b"answer"
 
 
+def test_many_may_call_a_published_port_at_once(network: UserNetwork) -> None:
+    port = PortSpec(host_port=free_port(), guest_port=80)
+    with opened(network) as link, contextlib.ExitStack() as stack:
+        user_network.publish(Path(network.control), port, restrict=False)
+        pid = helper_of(Path(network.control))
+        assert pid is not None and link
+        os.kill(pid, signal.SIGSTOP)
+        stack.callback(os.kill, pid, signal.SIGCONT)
+        for _ in range(50):
+            # The kernel itself takes them meanwhile; more than wait at most it would let try again for seconds.
+            stack.enter_context(socket.create_connection((port.host_address, port.host_port), timeout=0.9))
+
+
 def test_a_port_that_is_taken_keeps_it_from_starting_and_nothing_is_left(network: UserNetwork) -> None:
     with server("127.0.0.1") as listening:
         port = PortSpec(host_port=listening.getsockname()[1], guest_port=80)
@@ -293,10 +307,10 @@ def test_where_it_can_t_have_a_root_of_its_own_it_runs_without_and_that_is_told(
 
 
 def test_one_that_can_t_be_guarded_isn_t_used(network: UserNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, most: int) -> Iterator[int]:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(frame_filter, "copied", refuse)
+    monkeypatch.setattr(descriptors, "copies", refuse)
     with pytest.raises(EngineFailed, match="can't be made safe"):
         open_link(network)
     assert helper_of(Path(network.control)) is None

@@ -15,7 +15,6 @@ that is published there by UDP. So what may pass is decided here, before slirp r
 Fragments may hide what is looked at here, so that they pass only where nothing is looked at.
 """
 
-import errno
 import os
 import socket
 import stat
@@ -26,11 +25,10 @@ from pathlib import Path
 from msgspec import Struct
 
 from atoll.errors import EngineFailed
+from atoll.host import descriptors
 
 _ATTACH = 26
 """SO_ATTACH_FILTER (asm-generic/socket.h); Python has no name for it."""
-_GET_DESCRIPTOR = 438
-"""pidfd_getfd(2), the same number on every architecture."""
 _LONGEST_WAIT = 20_000
 """Microseconds that the helper waits for a guest that takes no frames, a paused one say, before it drops a frame."""
 FIRST_DESCRIPTORS = 32
@@ -264,17 +262,11 @@ def _first_client() -> int:
 
 def _end_of_link(pid: int) -> socket.socket:
     """Our copy of the only connected socket of that process that carries messages."""
-    process = os.pidfd_open(pid)
-    try:
+    with descriptors.handle(pid) as process:
         # It is among the first that the helper opened. /proc doesn't tell them when the helper has a user of its own.
-        for number in range(FIRST_DESCRIPTORS):
-            copy = copied(process, number)
-            if copy is not None and carries_messages(copy):
-                return socket.socket(fileno=copy)
-            if copy is not None:
-                os.close(copy)
-    finally:
-        os.close(process)
+        for copy in descriptors.copies(process, most=FIRST_DESCRIPTORS):
+            if carries_messages(copy):
+                return socket.socket(fileno=os.dup(copy))
     raise EngineFailed("the network can't be made safe", "its helper has no link to us")
 
 
@@ -283,17 +275,3 @@ def carries_messages(descriptor: int) -> bool:
         return False
     with socket.socket(fileno=os.dup(descriptor)) as end:
         return end.type == socket.SOCK_SEQPACKET
-
-
-def copied(process: int, number: int) -> int | None:
-    """A descriptor of another process, copied into ours; None when it has none of that number. Raises `OSError`."""
-    import ctypes
-
-    copy = int(ctypes.CDLL(None, use_errno=True).syscall(_GET_DESCRIPTOR, process, number, 0))
-    if copy < 0:
-        code = ctypes.get_errno()
-        if code == errno.EBADF:
-            return None
-        raise OSError(code, os.strerror(code))
-    os.set_inheritable(copy, False)
-    return copy

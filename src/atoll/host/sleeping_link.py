@@ -10,10 +10,9 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
-from atoll.host import frame_filter, slirp
+from atoll.host import descriptors, frame_filter, slirp
 
 _ATTACH, _DETACH = 26, 27
 """SO_ATTACH_FILTER, SO_DETACH_FILTER (asm-generic/socket.h)."""
@@ -44,9 +43,11 @@ def inherited(engine: int, control: Path) -> tuple[int, int] | None:
         return None
     links: list[int] = []
     lifelines: list[int] = []
-    with contextlib.suppress(OSError), _handle(helper) as theirs, _handle(engine) as its:
-        pipes = {os.fstat(copy).st_ino for copy in _copies(theirs) if _is_pipe(copy, os.O_RDONLY)}
-        for copy in _copies(its):
+    with contextlib.suppress(OSError), descriptors.handle(helper) as theirs, descriptors.handle(engine) as its:
+        pipes = {
+            os.fstat(copy).st_ino for copy in descriptors.copies(theirs, most=_MOST) if _is_pipe(copy, os.O_RDONLY)
+        }
+        for copy in descriptors.copies(its, most=_MOST):
             if frame_filter.carries_messages(copy):
                 links.append(os.dup(copy))
             elif _is_pipe(copy, os.O_WRONLY) and os.fstat(copy).st_ino in pipes:
@@ -56,26 +57,6 @@ def inherited(engine: int, control: Path) -> tuple[int, int] | None:
     for each in (*links, *lifelines):
         os.close(each)
     return None
-
-
-@contextlib.contextmanager
-def _handle(pid: int) -> Iterator[int]:
-    descriptor = os.pidfd_open(pid)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _copies(process: int) -> Iterator[int]:
-    """What another process has open; each copy is closed after its turn."""
-    for number in range(_MOST):
-        copy = frame_filter.copied(process, number)
-        if copy is not None:
-            try:
-                yield copy
-            finally:
-                os.close(copy)
 
 
 def _is_pipe(descriptor: int, access: int) -> bool:

@@ -3,6 +3,7 @@
 Everything here raises `OSError` when nobody answers. An answer comes within a millisecond.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -12,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from atoll.errors import AlreadyExists
+from atoll.host import descriptors
 from atoll.host.files import make_folder
 from atoll.host.sockets import address_of
 from atoll.model.spec import PortSpec
 
 PROGRAM = "slirp4netns"
 ANSWER_TIME = 5
+CALLERS = 1024
+"""How many may call at the same moment. The program itself lets one wait (libslirp's `listen(s, 1)`): the kernel drops
+what the others send, and they try again seconds later.
+"""
+_MOST = 1024
+"""Descriptors of the program that are looked at."""
 
 
 def make_workplace(folder: Path) -> None:
@@ -52,6 +60,20 @@ def add(control: Path, address: str, port: PortSpec) -> None:
             "another program has it, or this user may not have it",
             "Choose another with -p.",
         )
+    if port.protocol == "tcp":
+        _let_many_call(control, port)
+
+
+def _let_many_call(control: Path, port: PortSpec) -> None:
+    """listen(2) on a socket that listens changes how many wait. Where we may not, it stays as it is."""
+    pid = listener(control)
+    if pid is None:
+        return
+    with contextlib.suppress(OSError), descriptors.handle(pid) as its:
+        for copy in descriptors.copies(its, most=_MOST):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(copy)) as found:
+                if found.family in (socket.AF_INET, socket.AF_INET6) and found.getsockname()[1] == port.host_port:
+                    found.listen(CALLERS)
 
 
 def remove(control: Path, address: str, port: PortSpec) -> None:
