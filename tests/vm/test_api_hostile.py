@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import re
 from collections.abc import AsyncIterator
 
 import httpx
@@ -157,7 +158,7 @@ async def busy_guest(layout: Layout) -> AsyncIterator[tuple[int, RemoteHost]]:
 async def test_who_never_reads_doesnt_fill_the_agents_memory(
     busy_guest: tuple[int, RemoteHost], layout: Layout
 ) -> None:
-    pid, _ = busy_guest
+    pid, host = busy_guest
     before = memory(pid)
     async with contextlib.AsyncExitStack() as stack:
         # One of the four streams of a guest is left for those who read.
@@ -176,6 +177,10 @@ async def test_who_never_reads_doesnt_fill_the_agents_memory(
                 await client.post("/v1/groups", json={"name": f"g{count}"})
         await answers_others(layout, 5.0, within=PATIENCE)
         assert memory(pid) - before < 150 * MIB
+    vm = await host.get("web")
+    async with asyncio.timeout(60):
+        while re.search(r"\b(yes|zero)\b", (await vm.exec(["ps"])).text):
+            await asyncio.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import asyncio
 import select
 import socket
 from collections.abc import Awaitable
-from typing import Any
+from typing import Any, TypeVar
 
 from litestar import WebSocket
 from litestar.exceptions import WebSocketDisconnect
@@ -22,6 +22,7 @@ LONGEST_MESSAGE = 1 << 20
 LOOK_EVERY = 2.0
 """Seconds between two looks at whether the client is still there."""
 _GONE = "gone"
+Done = TypeVar("Done")
 _HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
@@ -63,15 +64,15 @@ def hung_up(connection: socket.socket) -> bool:
     return any(found & _HUNG_UP for _, found in looking.poll(0))
 
 
-async def unless_gone(socket: "WebSocket[Any, Any, Any]", doing: Awaitable[None]) -> None:
-    """Pass on what a client has sent, for as long as it takes. Raises `WebSocketDisconnect` when it goes meanwhile."""
+async def unless_gone(socket: "WebSocket[Any, Any, Any]", doing: Awaitable[Done]) -> Done:
+    """What is done for a client, for as long as it takes. Raises `WebSocketDisconnect` when it goes meanwhile."""
     work = asyncio.ensure_future(doing)
     gone = asyncio.ensure_future(socket.scope["state"][_GONE].wait())
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise WebSocketDisconnect(detail="the client has gone")
-        work.result()
+        return work.result()
     finally:
         for each in (work, gone):
             each.cancel()
