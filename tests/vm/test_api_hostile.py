@@ -210,6 +210,68 @@ async def test_messages_without_end_are_cut_off(busy_guest: tuple[int, RemoteHos
     assert memory(pid) - before < 150 * MIB
 
 
+def trickled(verb: str, path: str, **headers: str) -> bytes:
+    """The head of a request whose body won't come."""
+    told = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return f"{verb} {path} HTTP/1.1\r\nHost: x\r\n{told}".encode()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_bodies_and_websockets_that_trickle_hold_nothing_but_their_connection_and_not_for_long(
+    layout: Layout,
+) -> None:
+    async with agent(layout) as served, api(layout) as client:
+        upload = (await client.post("/v1/uploads", json={"size": 1000})).json()["id"]
+        long = {"Content_Length": "100000", "Content_Type": "application/octet-stream"}
+        body = {"Content_Length": "100000", "Content_Type": "application/json"}
+        stream = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec_WebSocket_Version": "13"}
+        stream |= {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+        # What is sent at once, and how its answers may begin.
+        kinds = (
+            (trickled("POST", "/v1/vms", **body) + b"\r\n{", {408}),
+            (trickled("POST", "/v1/import?name=x", **long) + b"\r\n", {408, 400}),
+            (trickled("PATCH", f"/v1/uploads/{upload}", Upload_Offset="0", **long) + b"\r\n", {408, 409}),
+            # The head of the handshake, and then the first message, of which only the length is told.
+            (trickled("GET", "/v1/vms/web/exec", **stream), {0}),
+            (trickled("GET", "/v1/vms/web/exec", **stream) + b"\r\n\x81\xfe\x40\x00abcd", {101}),
+        )
+        before = memory(served.pid)
+
+        async def trickle(writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    await asyncio.sleep(1)
+                    writer.write(b"x")
+                    await writer.drain()
+
+        async def one(said: bytes, statuses: set[int]) -> None:
+            reader, writer = await asyncio.open_unix_connection(layout.agent_socket)
+            writer.write(said)
+            trickling = asyncio.create_task(trickle(writer))
+            line = b""
+            with contextlib.suppress(OSError):
+                line = await reader.readline()
+                while await reader.read(1 << 16):
+                    pass
+            trickling.cancel()
+            writer.close()
+            assert (int(line.split()[1]) if line else 0) in statuses, (said[:30], line)
+
+        async with asyncio.timeout(150), asyncio.TaskGroup() as clients:
+            for _ in range(20):
+                for said, statuses in kinds:
+                    clients.create_task(one(said, statuses))
+            await answers_others(layout, 5.0, within=PATIENCE)
+        assert memory(served.pid) - before < 64 * MIB
+        assert (await client.get("/v1/vms")).json() == []
+        # What came of the upload is kept, and it can go on.
+        kept = int((await client.head(f"/v1/uploads/{upload}")).headers["upload-offset"])
+        more = {"Upload-Offset": str(kept), "Content-Type": "application/octet-stream"}
+        rest = await client.patch(f"/v1/uploads/{upload}", content=bytes(1000 - kept), headers=more)
+        assert rest.status_code == 204, rest.text
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_ten_thousand_handshakes_that_never_end(layout: Layout) -> None:
