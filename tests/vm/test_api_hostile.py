@@ -230,7 +230,7 @@ async def test_bodies_and_websockets_that_trickle_hold_nothing_but_their_connect
         # What is sent at once, and how its answers may begin.
         kinds = (
             (trickled("POST", "/v1/vms", **body) + b"\r\n{", {408}),
-            (trickled("POST", "/v1/import?name=x", **long) + b"\r\n", {408, 400}),
+            (trickled("POST", "/v1/import?name=x", **long) + b"\r\n", {408, 422}),
             (trickled("PATCH", f"/v1/uploads/{upload}", Upload_Offset="0", **long) + b"\r\n", {408, 409}),
             # The head of the handshake, and then the first message, of which only the length is told.
             (trickled("GET", "/v1/vms/web/exec", **stream), {0}),
