@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from tests.helpers.agents import remote_agent, trusting
 from tests.helpers.command import atoll
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from atoll.agent.access import PUBLIC, Access
 from atoll.agent.app import make_app
@@ -25,6 +25,7 @@ from atoll.agent.handlers import Agent
 from atoll.host import certificates
 from atoll.layout import Layout
 from atoll.model.spec import SeedSpec
+from atoll.model.token import Scope
 from atoll.platform.local import LocalHost
 from atoll.store.audit import past
 from atoll.store.sqlite import SqliteRecords
@@ -63,9 +64,14 @@ async def asked(client: httpx.AsyncClient, way: Way, token: str | None) -> int:
                 assert answer.json()["code"] == {401: "unauthorized", 403: "forbidden"}[answer.status_code]
         assert ("www-authenticate" in answer.headers) == (answer.status_code == 401)
         return answer.status_code
+    return await opened(client, way, client.tls, headers)  # type: ignore[attr-defined]
+
+
+async def opened(client: httpx.AsyncClient, way: Way, tls: ssl.SSLContext, headers: dict[str, str]) -> int:
+    """The status of a WebSocket's handshake."""
     url = str(client.base_url).replace("https", "wss").rstrip("/") + way.path
     try:
-        async with connect(url, ssl=client.tls, additional_headers=headers):  # type: ignore[attr-defined]
+        async with connect(url, ssl=tls, additional_headers=headers):
             return 101
     except InvalidStatus as refused:
         return refused.response.status_code
@@ -167,6 +173,66 @@ async def test_a_clients_certificate_counts_as_its_token(
         async with with_certificate(refused) as unknown:
             with pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.RemoteProtocolError)):
                 await unknown.get("/v1/ca.pem")
+
+
+async def test_a_certificate_opens_no_stream_that_its_token_may_not(
+    client: httpx.AsyncClient, layout: Layout, tmp_path: Path
+) -> None:
+    streams = [each for each in ways(layout) if each.verb == "WS"]
+    assert len(streams) == 5
+    authority, tokens = certificates.authority(layout.credentials), Tokens(layout.tokens)
+
+    def shown(name: str, made: bytes) -> ssl.SSLContext:
+        (tmp_path / f"{name}.pem").write_bytes(made)
+        return trusting(layout, certificate=tmp_path / f"{name}.pem")
+
+    def of_token(name: str, scope: Scope, *, expires_in: float | None = None) -> ssl.SSLContext:
+        token, _ = tokens.create(name, scope=scope, expires_in=expires_in)
+        return shown(name, certificates.client_certificate(authority, name, token.id))
+
+    good, less = of_token("good", "operate"), of_token("less", "read")
+    expired, revoked = of_token("expired", "admin", expires_in=0), of_token("revoked", "admin")
+    tokens.rm("revoked")
+    # The name of somebody else's token, with an id that isn't its own.
+    other = shown("other", certificates.client_certificate(authority, "good", "0" * 12))
+    foreign = shown("foreign", certificates.client_certificate(certificates.authority(tmp_path / "f"), "good", "1"))
+    old = shown("old", certificates.client_certificate(authority, "good", "1", lifetime=-60))
+    for way in streams:
+        for tls, status in ((good, 101), (less, 403), (expired, 401), (revoked, 401), (other, 401)):
+            assert await opened(client, way, tls, {}) == status, way
+        # A token that is shown counts, not the certificate beside it.
+        assert await opened(client, way, good, {"Authorization": "Bearer atoll.x.y"}) == 401, way
+        for tls in (foreign, old):
+            with pytest.raises((OSError, WebSocketException)) as caught:
+                await opened(client, way, tls, {})
+            assert not isinstance(caught.value, InvalidStatus)
+
+
+async def test_a_key_is_its_owners_and_for_one_request(client: httpx.AsyncClient, layout: Layout) -> None:
+    """Another one's key tells nothing of what he did, and the same key isn't used for something else."""
+    ann, bob = (
+        {"Authorization": f"Bearer {Tokens(layout.tokens).create(name, scope='operate')[1]}", "Idempotency-Key": "one"}
+        for name in ("ann", "bob")
+    )
+    first = await client.post("/v1/groups", json={"name": "a"}, headers=ann)
+    assert first.status_code == 200, first.text
+    again = await client.post("/v1/groups", json={"name": "a"}, headers=ann)
+    assert (again.headers["atoll-task"], again.json()) == (first.headers["atoll-task"], first.json())
+    for verb, path, body in (
+        ("POST", "/v1/groups", {"name": "b"}),
+        ("POST", "/v1/groups", {"name": "a", "rules": ["allow in tcp 80 from any"]}),
+        ("POST", "/v1/networks", {"name": "a"}),
+        ("DELETE", "/v1/groups/a", None),
+    ):
+        refused = await client.request(verb, path, json=body, headers=ann)
+        assert (refused.status_code, refused.json()["code"]) == (400, "invalid-input"), (verb, path, refused.text)
+        assert "was used for another request" in refused.text
+    assert [each["name"] for each in (await client.get("/v1/groups", headers=ann)).json()] == ["a"]
+    # Bob's is another one, though it reads the same: his request is done, for what it is.
+    his = await client.post("/v1/groups", json={"name": "a"}, headers=bob)
+    assert (his.status_code, his.json()["code"]) == (409, "already-exists")
+    assert his.headers["atoll-task"] != first.headers["atoll-task"]
+    assert (await client.get("/v1/tasks/one", headers=bob)).json()["id"] == his.headers["atoll-task"]
 
 
 async def test_another_authority_isnt_trusted_and_old_tls_isnt_spoken(

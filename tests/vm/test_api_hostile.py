@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import re
 from collections.abc import AsyncIterator
 
 import httpx
@@ -157,7 +158,7 @@ async def busy_guest(layout: Layout) -> AsyncIterator[tuple[int, RemoteHost]]:
 async def test_who_never_reads_doesnt_fill_the_agents_memory(
     busy_guest: tuple[int, RemoteHost], layout: Layout
 ) -> None:
-    pid, _ = busy_guest
+    pid, host = busy_guest
     before = memory(pid)
     async with contextlib.AsyncExitStack() as stack:
         # One of the four streams of a guest is left for those who read.
@@ -176,6 +177,10 @@ async def test_who_never_reads_doesnt_fill_the_agents_memory(
                 await client.post("/v1/groups", json={"name": f"g{count}"})
         await answers_others(layout, 5.0, within=PATIENCE)
         assert memory(pid) - before < 150 * MIB
+    vm = await host.get("web")
+    async with asyncio.timeout(60):
+        while re.search(r"\b(yes|zero)\b", (await vm.exec(["ps"])).text):
+            await asyncio.sleep(0.2)
 
 
 @pytest.mark.slow
@@ -203,6 +208,68 @@ async def test_messages_without_end_are_cut_off(busy_guest: tuple[int, RemoteHos
             floods.create_task(flood("/v1/vms/web/exec", None))
         await answers_others(layout, 3.0, within=PATIENCE)
     assert memory(pid) - before < 150 * MIB
+
+
+def trickled(verb: str, path: str, **headers: str) -> bytes:
+    """The head of a request whose body won't come."""
+    told = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return f"{verb} {path} HTTP/1.1\r\nHost: x\r\n{told}".encode()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_bodies_and_websockets_that_trickle_hold_nothing_but_their_connection_and_not_for_long(
+    layout: Layout,
+) -> None:
+    async with agent(layout) as served, api(layout) as client:
+        upload = (await client.post("/v1/uploads", json={"size": 1000})).json()["id"]
+        long = {"Content_Length": "100000", "Content_Type": "application/octet-stream"}
+        body = {"Content_Length": "100000", "Content_Type": "application/json"}
+        stream = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec_WebSocket_Version": "13"}
+        stream |= {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+        # What is sent at once, and how its answers may begin.
+        kinds = (
+            (trickled("POST", "/v1/vms", **body) + b"\r\n{", {408}),
+            (trickled("POST", "/v1/import?name=x", **long) + b"\r\n", {408, 422}),
+            (trickled("PATCH", f"/v1/uploads/{upload}", Upload_Offset="0", **long) + b"\r\n", {408, 409}),
+            # The head of the handshake, and then the first message, of which only the length is told.
+            (trickled("GET", "/v1/vms/web/exec", **stream), {0}),
+            (trickled("GET", "/v1/vms/web/exec", **stream) + b"\r\n\x81\xfe\x40\x00abcd", {101}),
+        )
+        before = memory(served.pid)
+
+        async def trickle(writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    await asyncio.sleep(1)
+                    writer.write(b"x")
+                    await writer.drain()
+
+        async def one(said: bytes, statuses: set[int]) -> None:
+            reader, writer = await asyncio.open_unix_connection(layout.agent_socket)
+            writer.write(said)
+            trickling = asyncio.create_task(trickle(writer))
+            line = b""
+            with contextlib.suppress(OSError):
+                line = await reader.readline()
+                while await reader.read(1 << 16):
+                    pass
+            trickling.cancel()
+            writer.close()
+            assert (int(line.split()[1]) if line else 0) in statuses, (said[:30], line)
+
+        async with asyncio.timeout(150), asyncio.TaskGroup() as clients:
+            for _ in range(20):
+                for said, statuses in kinds:
+                    clients.create_task(one(said, statuses))
+            await answers_others(layout, 5.0, within=PATIENCE)
+        assert memory(served.pid) - before < 64 * MIB
+        assert (await client.get("/v1/vms")).json() == []
+        # What came of the upload is kept, and it can go on.
+        kept = int((await client.head(f"/v1/uploads/{upload}")).headers["upload-offset"])
+        more = {"Upload-Offset": str(kept), "Content-Type": "application/octet-stream"}
+        rest = await client.patch(f"/v1/uploads/{upload}", content=bytes(1000 - kept), headers=more)
+        assert rest.status_code == 204, rest.text
 
 
 @pytest.mark.slow

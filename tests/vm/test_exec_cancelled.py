@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import signal
 from collections.abc import AsyncIterator
 
@@ -17,6 +18,7 @@ from atoll.layout import Layout
 from atoll.operations.guest_running import Running
 from atoll.platform.api import AsyncVm
 from atoll.platform.remote import RemoteHost
+from atoll.platform.remote_streams import open_socket
 from atoll.platform.wire import Place
 from atoll.store.tokens import Tokens
 
@@ -176,3 +178,28 @@ async def test_a_guest_may_take_its_time_with_what_it_is_sent(host: RemoteHost) 
     sent = bytes(20 << 20)
     result = await vm.exec(["sh", "-c", "sleep 50; wc -c"], stdin=sent)
     assert result.text.strip() == str(len(sent))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_who_reads_nothing_and_vanishes_leaves_nothing_behind(host: RemoteHost) -> None:
+    """Also while the agent is opening what was asked for; and what is killed then isn't what comes after it."""
+    vm = await host.run("tiny", name="web", memory="128MiB")
+    openings = (
+        ("exec", '{"command": {"argv": ["yes"]}}'),
+        ("exec", '{"command": {"argv": ["cat", "/dev/zero"]}}'),
+        ("exec", '{"command": {"argv": ["yes"]}, "stdin": true}'),
+        ("shell", '{"command": ["yes"]}'),
+    )
+    for pause in (0.0, 0.1, 0.5, 2.0, 5.0):
+        opened = [(await open_socket(host._wire, f"/vms/web/{way}"), said) for way, said in openings]
+        for socket, said in opened:
+            await socket.send(said)
+            socket.transport.pause_reading()
+        await asyncio.sleep(pause)
+        for socket, _ in opened:
+            socket.transport.abort()
+        await asyncio.gather(*(answers(vm, f"{pause}-{each}") for each in range(3)))
+        async with asyncio.timeout(60):
+            while re.search(r"\b(yes|zero)\b", (await vm.exec(["ps"])).text):
+                await asyncio.sleep(0.2)

@@ -14,8 +14,11 @@ from tests.vm.guest_of_a_module import guest_of_a_module
 
 from atoll.errors import GuestFailed, TimedOut
 from atoll.layout import VmPaths
+from atoll.model.state import Phase
 from atoll.model.vm import ExecRequest
+from atoll.operations import balloon
 from atoll.operations.guest_exec import execute
+from atoll.operations.observe import phase_of
 
 # One guest serves all tests but the last, which spoils its own.
 pytestmark = [pytest.mark.vm, pytest.mark.asyncio(loop_scope="module")]
@@ -29,6 +32,18 @@ async def vm() -> AsyncIterator[Machine]:
 
 async def processes(vm: Machine, word: str) -> int:
     return int(await vm.sh(f"ps | grep -c '[{word[0]}]{word[1:]}' || true"))
+
+
+async def test_a_vm_that_is_being_measured_is_still_known_to_run(vm: Machine) -> None:
+    """Who measures has the only way to ask QEMU, and whoever looks at the phase, as `exec` does, waits for his turn."""
+    for ask in (lambda: balloon.ask_all(vm._services, [vm.record], interval=0), vm.stats):
+        measuring = asyncio.ensure_future(ask())
+        seen = set()
+        while not measuring.done():
+            await asyncio.sleep(0)
+            seen.add(phase_of(vm._services, vm.record))
+        assert measuring.result() is not None
+        assert seen == {Phase.RUNNING}
 
 
 async def test_what_a_command_says_and_how_it_ends_come_back(vm: Machine) -> None:
@@ -116,8 +131,11 @@ async def test_twenty_commands_from_five_processes_are_not_mixed(vm: Machine) ->
 import asyncio
 from pathlib import Path
 from atoll.layout import VmPaths
+from atoll.model.state import Phase
 from atoll.model.vm import ExecRequest
+from atoll.operations import balloon
 from atoll.operations.guest_exec import execute
+from atoll.operations.observe import phase_of
 
 paths = VmPaths(home=Path({str(paths.home)!r}), run=Path({str(paths.run)!r}))
 

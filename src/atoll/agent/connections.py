@@ -42,7 +42,7 @@ async def _join(socket: Socket, open_it: Callable[[], Awaitable[Connection]]) ->
     plain = PLAIN if PLAIN in socket.scope["subprotocols"] else ""
 
     async def serve() -> StreamState:
-        connection = await open_it()
+        connection = await unless_gone(socket, open_it())
         try:
             if not plain:
                 await tell(socket, StreamState(state="open"))

@@ -2,7 +2,8 @@
 
 connections   the head of a request has to come in some seconds; when there are very many, the one that has been
               idle the longest is closed
-bodies        the rest of a request has to go on coming
+bodies        the rest of a request has to go on coming, not too slowly
+answers       have to be taken when they are whole, not too slowly
 rate          a bucket of tokens for each principal, which fills again by the second
 concurrency   requests and streams at work, and tasks that run, for each principal
 """
@@ -31,8 +32,9 @@ TASKS = 1000
 KEEP_ALIVE = 75
 """Seconds that an idle connection is kept; longer than clients of ours keep theirs, so that none is closed in use."""
 _HEAD_TIMEOUT = 10.0
-_BODY_TIMEOUT = 60.0
-"""Seconds without a byte of a body that isn't whole."""
+_PATIENCE = 60.0
+_SLOWEST = 1024
+"""Seconds that are waited for somebody who sends a body, or takes an answer, and one more for so many bytes."""
 _LARGEST_HEAD = 64 << 10
 _FILES = 1 << 16
 _FOR_OTHER_USES = 1024
@@ -76,6 +78,7 @@ class GuardedProtocol(PeerProtocol):
         self._head = 0
         self._waits = True
         """For a request, or for the rest of its head."""
+        self._taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -86,6 +89,8 @@ class GuardedProtocol(PeerProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._among.idle.pop(self, None)
         self._forget_timer()
+        if self._taking is not None:
+            self._taking.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -103,9 +108,22 @@ class GuardedProtocol(PeerProtocol):
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
-        self._waits = True
+        self._waits = not self.pipeline
         self._among.idle[self] = None
+        self._expect_taking()
         super().on_response_complete()
+
+    def _expect_taking(self) -> None:
+        """Cut the client off unless it takes what is left of an answer that is whole; nothing else would ever."""
+        if self._taking is not None:
+            self._taking.cancel()
+        left = self.transport.get_write_buffer_size()
+        if left:
+            self._taking = self.loop.call_later(_PATIENCE + left / _SLOWEST, self._cut_off)
+
+    def _cut_off(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
     def _expect_head(self) -> None:
         if self._timer is None:
@@ -191,18 +209,21 @@ def _who(scope: Any) -> str:
 
 
 def _timely(receive: Callable[[], Any]) -> Callable[[], Any]:
-    """The messages of a request, the body of which goes on coming."""
-    whole = False
+    """The messages of a request, whose body goes on coming. Only the time counts in which it is waited for."""
+    whole, came, waited = False, 0, 0.0
 
     async def timely() -> Any:
-        nonlocal whole
+        nonlocal whole, came, waited
         if whole:
             return await receive()
+        begun = time.monotonic()
         try:
-            async with asyncio.timeout(_BODY_TIMEOUT):
+            async with asyncio.timeout(_PATIENCE + came / _SLOWEST - waited):
                 message = await receive()
         except TimeoutError as error:
-            raise HTTPException(status_code=408, detail="the rest of the request didn't come") from error
+            raise HTTPException(status_code=408, detail="the rest of the request didn't come in time") from error
+        waited += time.monotonic() - begun
+        came += len(message.get("body", b""))
         whole = not message.get("more_body", False)
         return message
 

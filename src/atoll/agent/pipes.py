@@ -1,4 +1,7 @@
-"""Between functions that want a file, in a thread, and streams of the network: a pipe, so that neither runs ahead."""
+"""Between functions that want a file, in a thread, and streams of the network: a pipe, so that neither runs ahead.
+
+Our end of it is waited for by the event loop: clients that are slow, and there may be many, take no thread.
+"""
 
 import asyncio
 import os
@@ -19,8 +22,8 @@ async def read_while_written(write: Callable[[BinaryIO], Awaitable[None]]) -> As
 
     working = asyncio.create_task(work())
     try:
-        with os.fdopen(reading, "rb", buffering=0) as file:
-            while piece := await asyncio.to_thread(file.read, _PIECE):
+        with os.fdopen(reading, "rb", buffering=0):
+            while piece := await _read(reading):
                 yield piece
         await working
     finally:
@@ -33,11 +36,9 @@ async def written_while_read(pieces: AsyncIterator[bytes], read: Callable[[Binar
     reading, writing = os.pipe()
 
     async def work() -> None:
-        with os.fdopen(writing, "wb", buffering=0) as file:
+        with os.fdopen(writing, "wb", buffering=0):
             async for piece in pieces:
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[await asyncio.to_thread(file.write, rest) :]
+                await _write(writing, piece)
 
     working = asyncio.create_task(work())
     try:
@@ -46,6 +47,37 @@ async def written_while_read(pieces: AsyncIterator[bytes], read: Callable[[Binar
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
+
+
+async def _read(descriptor: int) -> bytes:
+    """What there is, when there is something; nothing at the end."""
+    loop = asyncio.get_running_loop()
+    os.set_blocking(descriptor, False)
+    while True:
+        try:
+            return os.read(descriptor, _PIECE)
+        except BlockingIOError:
+            await _ready(loop.add_reader, loop.remove_reader, descriptor)
+
+
+async def _write(descriptor: int, piece: bytes) -> None:
+    loop = asyncio.get_running_loop()
+    os.set_blocking(descriptor, False)
+    rest = memoryview(piece)
+    while rest:
+        try:
+            rest = rest[os.write(descriptor, rest) :]
+        except BlockingIOError:
+            await _ready(loop.add_writer, loop.remove_writer, descriptor)
+
+
+async def _ready(add: Callable[..., None], remove: Callable[[int], object], descriptor: int) -> None:
+    ready = asyncio.Event()
+    add(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        remove(descriptor)
 
 
 async def begun(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -137,9 +137,16 @@ async def _ended_with(
 
 async def _join(socket: Socket, open_it: Callable[[], Awaitable[Terminal]]) -> StreamState:
     """Both directions of a terminal, until one of them ends."""
-    terminal = await open_it()
-    await tell(socket, StreamState(state="open"))
+    terminal = await unless_gone(socket, open_it())
+    try:
+        await tell(socket, StreamState(state="open"))
+        await _both_ways(socket, terminal)
+    finally:
+        await terminal.close()
+    return StreamState(state="ended", exit_code=getattr(terminal, "exit_code", None))
 
+
+async def _both_ways(socket: Socket, terminal: Terminal) -> None:
     async def show() -> None:
         while data := await terminal.read():
             await socket.send_data(data, mode="binary")
@@ -165,5 +172,3 @@ async def _join(socket: Socket, open_it: Callable[[], Awaitable[Terminal]]) -> S
         for task in both:
             task.cancel()
         await asyncio.gather(*both, return_exceptions=True)
-        await terminal.close()
-    return StreamState(state="ended", exit_code=getattr(terminal, "exit_code", None))

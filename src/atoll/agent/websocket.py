@@ -9,7 +9,7 @@ import asyncio
 import select
 import socket
 from collections.abc import Awaitable
-from typing import Any
+from typing import Any, TypeVar
 
 from litestar import WebSocket
 from litestar.exceptions import WebSocketDisconnect
@@ -21,7 +21,10 @@ LONGEST_MESSAGE = 1 << 20
 """Bytes of one message of a client."""
 LOOK_EVERY = 2.0
 """Seconds between two looks at whether the client is still there."""
+LAST_WORDS = 60.0
+"""Seconds for a client to take what it was sent before the end; nobody counts it among those at work any more."""
 _GONE = "gone"
+Done = TypeVar("Done")
 _HUNG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
@@ -33,6 +36,7 @@ class WatchedWebSocket(WebSocketsSansIOProtocol):
         self._gone = asyncio.Event()
         self.app_state = {**self.app_state, _GONE: self._gone}
         self._timer: asyncio.TimerHandle | None = None
+        self._looks_since_closed = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -50,7 +54,10 @@ class WatchedWebSocket(WebSocketsSansIOProtocol):
         super().shutdown()
 
     def _look(self) -> None:
-        if self.read_paused and hung_up(self.transport.get_extra_info("socket")):
+        if self.transport.is_closing():
+            self._looks_since_closed += 1
+        lingers = self._looks_since_closed * LOOK_EVERY > LAST_WORDS
+        if lingers or (self.read_paused and hung_up(self.transport.get_extra_info("socket"))):
             self.transport.abort()
             return
         self._timer = self.loop.call_later(LOOK_EVERY, self._look)
@@ -63,15 +70,15 @@ def hung_up(connection: socket.socket) -> bool:
     return any(found & _HUNG_UP for _, found in looking.poll(0))
 
 
-async def unless_gone(socket: "WebSocket[Any, Any, Any]", doing: Awaitable[None]) -> None:
-    """Pass on what a client has sent, for as long as it takes. Raises `WebSocketDisconnect` when it goes meanwhile."""
+async def unless_gone(socket: "WebSocket[Any, Any, Any]", doing: Awaitable[Done]) -> Done:
+    """What is done for a client, for as long as it takes. Raises `WebSocketDisconnect` when it goes meanwhile."""
     work = asyncio.ensure_future(doing)
     gone = asyncio.ensure_future(socket.scope["state"][_GONE].wait())
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise WebSocketDisconnect(detail="the client has gone")
-        work.result()
+        return work.result()
     finally:
         for each in (work, gone):
             each.cancel()

@@ -185,13 +185,20 @@ def free_disk(path: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def check_room(path: Path, size: int, *, what: str) -> None:
-    """Raises `StorageFailed` when so many bytes don't fit below `path`."""
+def disk_reserve(path: Path) -> int:
+    """Bytes of the disk that strangers' files leave free: a fiftieth of it, and no more than 1 GiB."""
+    found = os.statvfs(path)
+    return min(found.f_blocks * found.f_frsize // 50, 1 << 30)
+
+
+def check_room(path: Path, size: int, *, what: str, reserve: int = 0) -> None:
+    """Raises `StorageFailed` when so many bytes don't fit below `path`, with a reserve of the computer's own."""
     free = free_disk(path)
-    if size > free:
+    if size > free - reserve:
+        kept = f", of which {format_size(reserve)} are kept for what runs here" if reserve else ""
         raise StorageFailed(
             f"{what} doesn't fit on the disk",
-            f"it has {format_size(size)}, and {format_size(free)} are free",
+            f"it has {format_size(size)}, and {format_size(free)} are free{kept}",
             "Free some space (`atoll image prune`), then try again.",
         )
 

@@ -13,6 +13,8 @@ import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,14 +134,18 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 async def in_thread(work: Callable[[Callable[[], None]], Result]) -> Result:
-    """Run blocking `work` in a thread. It gets a function to call often, which raises once the caller is cancelled."""
+    """Run blocking `work` in a thread of its own, since it may wait for somebody: those that asyncio has are few, and
+    others need them. It gets a function to call often, which raises once the caller is cancelled.
+    """
     stop = threading.Event()
 
     def look() -> None:
         if stop.is_set():
             raise Stopped
 
-    thread = asyncio.ensure_future(asyncio.to_thread(work, look))
+    own = ThreadPoolExecutor(1)
+    thread = asyncio.get_running_loop().run_in_executor(own, copy_context().run, work, look)
+    own.shutdown(wait=False)
     try:
         return await asyncio.shield(thread)
     except asyncio.CancelledError:

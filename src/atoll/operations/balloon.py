@@ -10,6 +10,7 @@ from msgspec import Struct
 from atoll.errors import AtollError, EngineFailed, WrongState
 from atoll.model.state import Phase, phase_of_run_state
 from atoll.model.vm import Vm
+from atoll.operations import observe
 from atoll.operations.power import control
 from atoll.operations.services import Services
 
@@ -53,6 +54,11 @@ async def ask_all(services: Services, vms: Iterable[Vm], *, interval: int) -> di
 
     What a guest says is what it answered before: with a new interval it is asked at once, but it takes its time.
     """
+    # In a thread: see `observe.aside`.
+    return await observe.aside(lambda: _ask_all(services, list(vms), interval))
+
+
+async def _ask_all(services: Services, vms: list[Vm], interval: int) -> dict[str, Reading]:
     places = asyncio.Semaphore(AT_ONCE)
     found: dict[str, Reading] = {}
 

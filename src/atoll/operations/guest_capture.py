@@ -12,12 +12,14 @@ from atoll.errors import Busy, GuestFailed, Unsupported
 from atoll.layout import VmPaths
 from atoll.operations import guest_scripts
 from atoll.operations.guest_agent import exchange
-from atoll.operations.guest_slot import SH
+from atoll.operations.guest_slot import SH, forget
 from atoll.qemu.guest import CAPTURE_LIMIT, Agent, ExecStatus, Refused
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.5
-KILLING = 15.0
-"""Seconds for a command to be killed."""
+ENDING = 15.0
+"""Seconds for a killer to end in the guest; one that has been started goes on without us."""
+KILLING = 60.0
+"""Seconds for all of it: others may have the guest's agent, or the guest may have much to do."""
 
 
 async def execute_captured(
@@ -40,7 +42,7 @@ async def execute_captured(
     except GuestFailed:
         raise
     except BaseException:
-        await to_its_end(_killed(paths, name, pid))
+        await to_its_end(kill_tree(paths, name, pid))
         raise
     out(status.stdout)
     err(status.stderr)
@@ -63,11 +65,6 @@ async def to_its_end(doing: Coroutine[Any, Any, None]) -> None:
             await asyncio.wait([work])
     with contextlib.suppress(GuestFailed, Busy, TimeoutError):
         work.result()
-
-
-async def _killed(paths: VmPaths, name: str, pid: int) -> None:
-    async with exchange(paths, name) as agent:
-        await kill_tree(agent, pid)
 
 
 async def _whole(name: str, stdin: bytes | AsyncIterator[bytes] | None) -> bytes | None:
@@ -111,12 +108,16 @@ async def collected(paths: VmPaths, name: str, pid: int) -> ExecStatus:
         pause = min(pause * 1.5, LONGEST_PAUSE)
 
 
-async def kill_tree(agent: Agent, pid: int, *, folder: str = "") -> None:
-    """Kill a process that the agent started, all its descendants, and all that write to the relays in `folder`."""
-    killer = await agent.start(SH, ["-c", guest_scripts.KILL, "sh", str(pid or "-"), folder])
-    pause = FIRST_PAUSE
-    while not (await agent.status(killer)).exited:
-        await asyncio.sleep(pause)
-        pause *= 1.5
-    with contextlib.suppress(Refused):
-        await agent.status(pid)
+async def kill_tree(paths: VmPaths, name: str, pid: int, *, folder: str = "") -> None:
+    """Kill a process that the agent started, all its descendants, and all that write to the relays in `folder`.
+
+    The guest's agent is free for others while the killer is at work: so many may be killed at once.
+    """
+    async with exchange(paths, name, timeout=ENDING) as agent:
+        killer = await agent.start(SH, ["-c", guest_scripts.KILL, "sh", str(pid or "-"), folder])
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(ENDING):
+            await collected(paths, name, killer)
+            if pid:
+                async with exchange(paths, name) as agent:
+                    await forget(agent, pid)

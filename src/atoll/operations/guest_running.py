@@ -192,8 +192,7 @@ class Running:
         """Kill the command and all that came from it; what it wrote before still goes to the sinks."""
         if self._relay is None:
             return
-        async with exchange(self._how.paths, self._how.name) as agent:
-            await kill_tree(agent, self.pid, folder=self._how.slot.folder)
+        await kill_tree(self._how.paths, self._how.name, self.pid, folder=self._how.slot.folder)
         # The slot isn't called clean, so the next command gets new relays.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(WRITERS_LEFT):

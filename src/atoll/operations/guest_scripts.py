@@ -112,7 +112,9 @@ exec "$@"
 
 KILL = """
 root=$1 d=$2
-self=$$
+# The slot may have a new command, with relays of its own in the same place, before this has ended.
+if [ -n "$d" ] && [ -p "$d/o" ] && [ -p "$d/e" ]; then exec 8<>"$d/o" 9<>"$d/e"; fi
+o=/proc/$$/fd/8 e=/proc/$$/fd/9
 round=0
 while [ $((round += 1)) -le 50 ]; do
     all=" $root " found=
@@ -129,7 +131,7 @@ while [ $((round += 1)) -le 50 ]; do
     done
     if [ -n "$d" ]; then
         for f in /proc/[0-9]*/fd/[1245]; do
-            if [ "$f" -ef "$d/o" ] || [ "$f" -ef "$d/e" ]; then pid=${f#/proc/}; all="$all${pid%%/*} "; fi
+            if [ "$f" -ef "$o" ] || [ "$f" -ef "$e" ]; then pid=${f#/proc/}; all="$all${pid%%/*} "; fi
         done
     fi
     for pid in $all; do

@@ -137,10 +137,10 @@ class Shell:
                     await self._do(_HANG_UP)
                 await asyncio.wait({self._program}, timeout=HANG_UP)
         finally:
-            if self._program is not None:
-                self._program.cancel()
-                await asyncio.gather(self._program, return_exceptions=True)
-            self._held.close()
+            with self._held:
+                if self._program is not None:
+                    self._program.cancel()
+                    await asyncio.gather(self._program, return_exceptions=True)
 
     async def _do(self, script: str, *arguments: str) -> None:
         async with exchange(self._paths, self._name) as agent:

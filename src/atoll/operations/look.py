@@ -130,8 +130,8 @@ async def frames(vm: Vm, *, services: Services) -> tuple[int, ...]:
 
 async def stats(vm: Vm, *, services: Services) -> Stats:
     """One reading of what a running VM uses. Raises `WrongState` when it is stopped."""
-    async with observing(services, vm) as monitor:
-        blocks: list[dict[str, Any]] = await monitor.execute("query-blockstats")
+    require(vm.name, observe.phase_of(services, vm), "console")
+    blocks = await observe.aside(lambda: _blocks(vm, services))
     assert vm.run is not None
     cards = await _cards(vm, services)
     return Stats(
@@ -145,6 +145,12 @@ async def stats(vm: Vm, *, services: Services) -> Stats:
         net_sent=sum(card.sent for card in cards) if cards else None,
         cards=cards,
     )
+
+
+async def _blocks(vm: Vm, services: Services) -> list[dict[str, Any]]:
+    async with Monitor(connect(services.layout.vm(vm.id).socket("observe"))) as monitor:
+        found: list[dict[str, Any]] = await monitor.execute("query-blockstats")
+        return found
 
 
 async def _cards(vm: Vm, services: Services) -> tuple[CardStats, ...]:

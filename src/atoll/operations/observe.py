@@ -10,9 +10,9 @@ import re
 import select
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
@@ -24,6 +24,7 @@ from atoll.model.state import Phase, Trouble, phase_of_run_state, trouble_of_run
 from atoll.model.vm import Exit, Vm, VmInfo
 from atoll.operations.services import Services
 
+Answer = TypeVar("Answer")
 ANSWER_TIME = 1.0
 """Seconds that all VMs together have to answer; one that doesn't is `unknown`."""
 _QUESTION = b'{"execute":"qmp_capabilities"}\n{"execute":"query-status","id":"status"}\n'
@@ -72,6 +73,19 @@ def observe(services: Services, vms: Iterable[Vm], working: dict[str, str]) -> l
         ended = vm.last_exit if phase is Phase.STOPPED else None
         found.append(VmInfo(vm=vm, phase=phase, operation=working.get(vm.id), exit=ended, trouble=trouble))
     return found
+
+
+async def aside(ask: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
+    """Ask QEMUs by their `observe` monitors, in a thread with a loop of its own.
+
+    Such a monitor serves one client at a time, and who looks at a phase stands still until it is his turn. If the one
+    before him were a task of the same loop, that would never end its conversation, and he would take QEMU for silent.
+    """
+    import asyncio
+
+    from atoll.images.source import in_thread
+
+    return await in_thread(lambda _: asyncio.run(ask()))
 
 
 def _ask(vms: list[Vm], layout: Layout) -> dict[str, tuple[Phase, Trouble | None]]:

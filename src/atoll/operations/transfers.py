@@ -45,11 +45,21 @@ def is_awaited(path: Path, *, pruning: bool = False) -> bool:
 
 
 def sweep(layout: Layout) -> None:
-    """Remove the transfers that nobody goes on with."""
+    """Remove the transfers that nobody goes on with; sooner where they would fill the disk."""
     for kind in _KINDS:
         for path in layout.temporary.glob(f"{kind}-*"):
-            if not is_awaited(path):
+            if not is_awaited(path) or (_is_full(layout) and not is_awaited(path, pruning=True)):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_full(layout: Layout) -> bool:
+    """Whether little but the disk's reserve is left."""
+    return facts.free_disk(layout.temporary) < 2 * facts.disk_reserve(layout.temporary)
+
+
+def _check_room(layout: Layout, size: int, *, what: str) -> None:
+    folder = files.make_folder(layout.temporary)
+    facts.check_room(folder, size, what=what, reserve=facts.disk_reserve(folder))
 
 
 def begin_upload(layout: Layout, request: UploadRequest) -> Upload:
@@ -59,7 +69,7 @@ def begin_upload(layout: Layout, request: UploadRequest) -> Upload:
         raise TooMany(
             f"{MOST_UPLOADS} uploads wait to be used", next_step="Use some of them, or drop them: `atoll prune`."
         )
-    facts.check_room(files.make_folder(layout.temporary), request.size, what="the file")
+    _check_room(layout, request.size, what="the file")
     upload_id = new_id()
     paths = layout.transfer("upload", upload_id)
     files.make_folder(paths.folder)
@@ -90,10 +100,13 @@ def append(layout: Layout, upload: Upload, piece: bytes) -> Upload:
         raise InvalidInput(
             "the file is larger than was said", f"it was to have {upload.size} bytes", "Begin an upload of its size."
         )
+    is_data = bool(piece.strip(b"\0"))
+    if is_data:
+        _check_room(layout, len(piece), what="the next piece of the file")
     try:
         descriptor = os.open(layout.transfer("upload", upload.id).content, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            if piece.strip(b"\0"):
+            if is_data:
                 write_at(descriptor, piece, upload.offset)
             else:
                 os.ftruncate(descriptor, after)
@@ -145,8 +158,9 @@ def drop(layout: Layout, kind: str, transfer_id: str) -> None:
 
 
 def new_bundle(layout: Layout) -> str:
-    """A folder for a bundle; its id."""
+    """A folder for a bundle; its id. Raises `StorageFailed` when the disk is nearly full."""
     sweep(layout)
+    _check_room(layout, 0, what="a bundle")
     bundle_id = new_id()
     files.make_folder(layout.transfer("bundle", bundle_id).folder)
     return bundle_id
