@@ -529,6 +529,7 @@ def last_that_can_be_undone(verb: Verb[Any]) -> Step[Any] | None:
     return reversible[-1] if any(step.undo for step in reversible) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(name for name, verb in VERBS.items() if last_that_can_be_undone(verb)))
 async def test_a_verb_killed_while_it_is_undone_is_undone_and_each_undo_may_run_again(name: str, stage: Stage) -> None:
     case, verb = CASES[name], VERBS[name]

@@ -80,6 +80,7 @@ async def test_a_balloon_leaves_the_floor_and_the_next_agent_gives_it_back(facto
     assert [event.kind async for event in factory.host.events(follow=False, after=0)].count("host.memory-low") == 1
 
 
+@pytest.mark.slow
 async def test_memory_that_was_saved_before_balloons_deflated_is_loaded(
     factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
