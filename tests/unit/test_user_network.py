@@ -217,7 +217,9 @@ def is_answered(link: Link, port: PortSpec) -> bool:
 def test_many_may_call_a_published_port_at_once(network: UserNetwork) -> None:
     port = PortSpec(host_port=free_port(), guest_port=80)
     with opened(network) as link, contextlib.ExitStack() as stack:
+        before = len(list(Path("/proc/self/fd").iterdir()))
         user_network.publish(Path(network.control), port, restrict=False)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before, "what was copied to be looked at is closed"
         pid = helper_of(Path(network.control))
         assert pid is not None and link
         os.kill(pid, signal.SIGSTOP)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +72,11 @@ def _let_many_call(control: Path, port: PortSpec) -> None:
         return
     with contextlib.suppress(OSError), descriptors.handle(pid) as its:
         for copy in descriptors.copies(its, most=_MOST):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(copy)) as found:
-                if found.family in (socket.AF_INET, socket.AF_INET6) and found.getsockname()[1] == port.host_port:
+            if not stat.S_ISSOCK(os.fstat(copy).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(copy)) as found, contextlib.suppress(OSError):
+                internet = found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM
+                if internet and found.getsockname()[1] == port.host_port:
                     found.listen(CALLERS)
 
 
