@@ -23,6 +23,9 @@ LONGEST_REPLY = 64 << 20
 CAPTURE_LIMIT = 16 << 20
 """Bytes of each stream that the agent captures; it drops the rest."""
 
+STATUS_TIME = 60.0
+"""Seconds for the state of a command: with all that was captured it may be 45 MB, and an emulated guest is slow."""
+
 SYNC_AGAIN = 2.0
 """Seconds after which a sync is sent again: the one before may have gone to an agent that a reboot ended."""
 
@@ -162,7 +165,7 @@ class Agent:
         found: list[ExecStatus | None] = []
         for _ in pids:
             try:
-                found.append(_status(await self._reply("guest-exec-status", timeout=20)))
+                found.append(_status(await self._reply("guest-exec-status", timeout=STATUS_TIME)))
             except Refused:
                 found.append(None)
         return found
