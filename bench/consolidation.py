@@ -183,6 +183,7 @@ async def measured(layout: Layout, count: int) -> Sides:
                 together = {"pss": proportional(pids), "available": before - available()}
             with serving(layout):
                 await sleeping(host)
+                await asyncio.sleep(5)  # a QEMU ends after that was recorded
                 asleep = {"pss": proportional(processes_of(layout)), "available": before - available()}
                 began = time.perf_counter()
                 await (await host.get("idle-0")).exec(["true"])
