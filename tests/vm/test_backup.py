@@ -175,6 +175,7 @@ async def test_a_machine_that_can_t_be_is_refused(factory: Factory, folder: Path
     assert [info.vm.name for info in await factory.host.ls()] == ["v"]
 
 
+@pytest.mark.slow
 async def test_prune_keeps_what_the_kept_ones_need(factory: Factory, elsewhere: Factory, folder: Path) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
     other = await factory.create("tiny", name="other")
@@ -266,6 +267,7 @@ async def test_ctrl_c_ends_a_backup_and_leaves_nothing(factory: Factory, folder:
     assert await disagreements(factory.layout) == []
 
 
+@pytest.mark.slow
 async def test_another_layer_with_the_same_id_is_never_taken_for_ours(factory: Factory, folder: Path) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
     await vm.sh("echo one > /root/file; sync")
@@ -375,6 +377,7 @@ async def test_folders_that_are_something_else_are_refused(factory: Factory, fol
     assert await disagreements(factory.layout) == []
 
 
+@pytest.mark.slow
 async def test_a_merged_layer_is_not_copied_again(
     factory: Factory, elsewhere: Factory, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +439,7 @@ async def test_a_long_chain_is_restored_flat_and_backed_up_without_copying(
     assert len(layers_in(folder) - before) == 1
 
 
+@pytest.mark.slow
 async def test_layers_stay_while_they_are_copied_whatever_becomes_of_the_vm(
     factory: Factory, elsewhere: Factory, folder: Path
 ) -> None:

@@ -43,10 +43,10 @@ def under(folder: Path) -> Layout:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("with spaces and 'quotes\"", id="quotes"),
-        pytest.param("ünï-🐙", id="emoji"),
+        pytest.param("with spaces and 'quotes\"", id="quotes", marks=pytest.mark.slow),
+        pytest.param("ünï-🐙", id="emoji", marks=pytest.mark.slow),
         pytest.param("a,b=c:d;e,,file=x", id="punctuation"),
-        pytest.param("json:{}%41?x#y\\n", id="looks-like-an-address"),
+        pytest.param("json:{}%41?x#y\\n", id="looks-like-an-address", marks=pytest.mark.slow),
         pytest.param("/".join(["long" * 12] * 5), id="long"),
     ],
 )
