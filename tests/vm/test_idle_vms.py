@@ -32,6 +32,10 @@ mkdir -p /www/cgi-bin; echo alive > /www/index.html
 printf '#!/bin/sh\\necho; echo "$REMOTE_ADDR"\\n' > /www/cgi-bin/who; chmod +x /www/cgi-bin/who
 busybox httpd -h /www -p 80
 """
+LISTEN = """
+nc -l -p 80 -e sleep 1000 >/dev/null 2>&1 &
+until netstat -tln | grep -q ':80 '; do sleep 0.1; done
+"""
 
 
 @pytest.fixture
@@ -146,7 +150,7 @@ async def test_who_works_or_is_used_stays_awake(host: LocalHost, layout: Layout)
             for each in names
         }
         await vms["busy"].exec(["sh", "-c", "while :; do :; done >/dev/null 2>&1 &"])
-        await vms["caller"].exec(["sh", "-c", "nc -l -p 80 >/dev/null 2>&1 &"])
+        await vms["caller"].exec(["sh", "-c", LISTEN])
         caller = socket.create_connection(("127.0.0.1", port))
         shell = await vms["shell"].shell()
         await vms["paused"].pause()
