@@ -168,6 +168,8 @@ async def test_who_works_or_is_used_stays_awake(host: LocalHost, layout: Layout)
         }
         await shell.close()
         caller.close()
+        # Its program doesn't hear that, so it keeps the connection.
+        await vms["caller"].exec(["sh", "-c", "kill $(pidof sleep)"])
         assert {(await seen.next("vm.suspended")).name for _ in range(2)} == {"shell", "caller"}
 
 
