@@ -7,10 +7,12 @@ back what one that was killed has taken.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from msgspec.structs import replace
 
+from atoll.agent.bells import finished
+from atoll.agent.recover import Tell
 from atoll.errors import AtollError
 from atoll.host import facts
 from atoll.model import pressure
@@ -21,7 +23,6 @@ from atoll.operations import balloon
 from atoll.operations.suspend import suspend
 from atoll.platform.local import LocalHost
 
-Tell = Callable[[str], None]
 INTERVAL, SHORT_INTERVAL = 1.0, 0.25
 """Seconds between two looks; the second when memory is near the reserve. The kernel has no event for that: its pressure
 stalls (/proc/pressure) begin when programs wait already, and that is too late for a reserve.
@@ -90,10 +91,10 @@ class Pressure:
                 else:
                     await asyncio.sleep(SHORT_INTERVAL if near else INTERVAL)
         finally:
-            tasks = [*self._leaving.values(), *self._coming.values(), *([self._asking] if self._asking else [])]
-            for task in tasks:
+            asking = [self._asking] if self._asking is not None else []
+            for task in asking:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await finished([*self._leaving.values(), *self._coming.values(), *asking])
 
     async def _look(self) -> bool:
         """Look once, and do what follows from it; whether the memory is near its reserve."""
@@ -287,4 +288,4 @@ class Pressure:
 
 def sleeps(vm: Vm) -> bool:
     """Whether it was suspended since memory was short."""
-    return vm.run is None and vm.suspended is not None and vm.suspended_because == "memory"
+    return vm.sleeps and vm.suspended_because == "memory"

@@ -7,7 +7,6 @@ import click
 from atoll.cli.failures import Format, note, settings
 from atoll.cli.options import VM, parse_pairs
 from atoll.cli.output import age, emit, format_option, moment, print_description, print_table
-from atoll.model.idle import shown
 from atoll.model.state import Phase
 from atoll.model.units import format_rate, format_size
 from atoll.model.vm import VmInfo
@@ -120,6 +119,8 @@ def show_command(vm: str, format: Format) -> None:
 
 
 def _description(info: VmInfo, networks: dict[str, str]) -> list[tuple[str, str]]:
+    from atoll.model.idle import shown
+
     vm, spec = info.vm, info.vm.spec
     disks = "\n".join(
         f"{disk.name} {format_size(disk.size)} {disk.bus}{' CD' if disk.media == 'cdrom' else ''}"

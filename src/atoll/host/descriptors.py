@@ -21,23 +21,16 @@ def handle(pid: int) -> Iterator[int]:
 
 def copies(process: int, *, most: int) -> Iterator[int]:
     """Those among its first so many; each copy is closed after its turn. Raises `OSError` where we may not."""
+    import ctypes
+
+    system = ctypes.CDLL(None, use_errno=True)
     for number in range(most):
-        copy = _copied(process, number)
-        if copy is not None:
+        copy = int(system.syscall(_GET_DESCRIPTOR, process, number, 0))
+        if copy < 0 and (code := ctypes.get_errno()) != errno.EBADF:
+            raise OSError(code, os.strerror(code))
+        if copy >= 0:
+            os.set_inheritable(copy, False)
             try:
                 yield copy
             finally:
                 os.close(copy)
-
-
-def _copied(process: int, number: int) -> int | None:
-    import ctypes
-
-    copy = int(ctypes.CDLL(None, use_errno=True).syscall(_GET_DESCRIPTOR, process, number, 0))
-    if copy < 0:
-        code = ctypes.get_errno()
-        if code == errno.EBADF:
-            return None
-        raise OSError(code, os.strerror(code))
-    os.set_inheritable(copy, False)
-    return copy

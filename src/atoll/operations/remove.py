@@ -125,8 +125,8 @@ async def _delete(context: Context[RemoveRequest]) -> None:
     await networks.tell_names(context.services, context.notes.get("networks", ()))
     # Who waits for the lock finds the record gone.
     with contextlib.suppress(OSError):
+        layout.vm_use(context.subject).unlink(missing_ok=True)
         layout.vm_lock(context.subject).unlink()
-    layout.vm_use(context.subject).unlink(missing_ok=True)
 
 
 REMOVE = Verb(
