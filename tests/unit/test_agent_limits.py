@@ -71,6 +71,21 @@ async def test_those_that_nobody_knows_are_told_apart_by_where_they_are() -> Non
     assert (await ask(app, "nobody", address="192.0.2.2"))["status"] == 200
 
 
+async def test_others_have_their_turn_while_an_answer_of_many_pieces_is_sent() -> None:
+    async def ready(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        for _ in range(100):
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    answering = asyncio.create_task(ask(Limited(ready), "ann"))
+    turns = 0
+    while not answering.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns >= 100
+
+
 def test_tasks_are_limited() -> None:
     limits.check_tasks(limits.TASKS - 1)
     with pytest.raises(TooMany, match="tasks of yours run"):

@@ -3,7 +3,7 @@
 connections   the head of a request has to come in some seconds; when there are very many, the one that has been
               idle the longest is closed
 bodies        the rest of a request has to go on coming, not too slowly
-answers       have to be taken when they are whole, not too slowly
+answers       have to be taken when they are whole, not too slowly; others have their turn between two pieces of one
 rate          a bucket of tokens for each principal, which fills again by the second
 concurrency   requests and streams at work, and tasks that run, for each principal
 """
@@ -13,7 +13,7 @@ import contextlib
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -165,7 +165,9 @@ class Limited:
         who = _who(scope)
         try:
             with self._admitted(who, scope["type"]):
-                await self._app(scope, _timely(receive) if scope["type"] == "http" else receive, send)
+                if scope["type"] == "http":
+                    receive, send = _timely(receive), _in_turn(send)
+                await self._app(scope, receive, send)
         except TooMany as error:
             await _refuse(scope, send, error)
 
@@ -228,6 +230,17 @@ def _timely(receive: Callable[[], Any]) -> Callable[[], Any]:
         return message
 
     return timely
+
+
+def _in_turn(send: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """An answer of many pieces that are all there would otherwise be sent in one go, even to a client that has gone."""
+
+    async def in_turn(message: Any) -> None:
+        await send(message)
+        if message.get("more_body"):
+            await asyncio.sleep(0)
+
+    return in_turn
 
 
 async def _refuse(scope: Any, send: Any, error: TooMany) -> None:
