@@ -19,6 +19,7 @@ from atoll.model.requests import CaptureRequest, ImpairRequest, NetworkRequest, 
 from atoll.operations.guest_agent import let_go
 from atoll.operations.look import observing
 from atoll.platform.local import LocalHost
+from atoll.qemu.monitor import Monitor
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -140,12 +141,14 @@ async def test_a_capture(factory: Factory) -> None:
     async def nothing() -> None:
         return
 
+    async def parts(monitor: Monitor) -> str:
+        return str(await monitor.execute("query-chardev") + await monitor.execute("qom-list", {"path": "/objects"}))
+
     async def taken_away(where: str) -> None:
         async for _ in vm.net_capture(CaptureRequest(seconds=0.01)):
             pass
-        async with observing(factory.host._services, vm.record) as monitor:
-            told = await monitor.execute("query-chardev") + await monitor.execute("qom-list", {"path": "/objects"})
-        assert "capture-" not in str(told), where
+        told = await observing(factory.host._services, vm.record, parts)
+        assert "capture-" not in told, where
 
     action = """
 async for _ in (await host.get('v')).net_capture(CaptureRequest(seconds=0.01)):

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers.command import ATOLL, atoll
@@ -15,6 +16,7 @@ from tests.helpers.machines import Factory, Machine
 from atoll.errors import InvalidInput, NotFound, WrongState
 from atoll.model.requests import CaptureRequest, NicRequest
 from atoll.operations.look import observing
+from atoll.qemu.monitor import Monitor
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(120)]
 
@@ -44,9 +46,10 @@ async def captured(vm: Machine, request: CaptureRequest, script: str) -> bytes:
 
 
 async def filters_in(factory: Factory, vm: Machine) -> Sequence[str]:
-    async with observing(factory.host._services, vm.record) as monitor:
-        devices = await monitor.execute("query-chardev")
-        objects = await monitor.execute("qom-list", {"path": "/objects"})
+    async def parts(monitor: Monitor) -> Any:
+        return await monitor.execute("query-chardev"), await monitor.execute("qom-list", {"path": "/objects"})
+
+    devices, objects = await observing(factory.host._services, vm.record, parts)
     return [name for name in (*(d["label"] for d in devices), *(o["name"] for o in objects)) if "capture" in name]
 
 

@@ -6,7 +6,8 @@ These use the `observe` monitor for a few milliseconds at a time, so they work w
 import asyncio
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from atoll.errors import AtollError, EngineFailed, Unsupported
 from atoll.host import facts
@@ -21,16 +22,24 @@ from atoll.qemu.monitor import Monitor
 if TYPE_CHECKING:
     from atoll.host.link_text import Counted
 
+Answer = TypeVar("Answer")
 KEY_TIME = 0.02
 """Seconds that a key is held, and paused after: emulated keyboards buffer 16 bytes and don't tell when one is lost."""
+CHORDS_AT_ONCE = 5
+"""Then others that look have their turn; a phase is waited for a second."""
 LONGEST_KEY_TIME = 2.0
 """Seconds after which a key is over though the guest, on a busy computer, didn't get to run for its time."""
 
 
-def observing(services: Services, vm: Vm) -> Monitor:
-    """QMP for a moment, without the VM's lock. Raises `WrongState` when it is stopped."""
+async def observing(services: Services, vm: Vm, ask: Callable[[Monitor], Awaitable[Answer]]) -> Answer:
+    """Ask by QMP for a moment, without the VM's lock. Raises `WrongState` when it is stopped."""
     require(vm.name, observe.phase_of(services, vm), "console")
-    return Monitor(connect(services.layout.vm(vm.id).socket("observe")))
+
+    async def work() -> Answer:
+        async with Monitor(connect(services.layout.vm(vm.id).socket("observe"))) as monitor:
+            return await ask(monitor)
+
+    return await observe.aside(work)
 
 
 def require_display(vm: Vm) -> None:
@@ -47,18 +56,7 @@ async def screenshot(vm: Vm, *, services: Services) -> bytes:
     require_display(vm)
     memory = os.memfd_create("screenshot", os.MFD_CLOEXEC)
     try:
-        # QEMU wants a descriptor of the very mode it would open with: write-only.
-        writing = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            async with observing(services, vm) as monitor:
-                added = await monitor.send_descriptor("add-fd", {"opaque": "screenshot"}, writing)
-                try:
-                    where = {"filename": f"/dev/fdset/{added['fdset-id']}", "format": "png"}
-                    await monitor.execute("screendump", where)
-                finally:
-                    await monitor.execute("remove-fd", {"fdset-id": added["fdset-id"]})
-        finally:
-            os.close(writing)
+        await observing(services, vm, lambda monitor: _draw(monitor, memory))
         picture = os.pread(memory, os.fstat(memory).st_size, 0)
     finally:
         os.close(memory)
@@ -67,6 +65,19 @@ async def screenshot(vm: Vm, *, services: Services) -> bytes:
             f"{vm.name}: there is no picture", "the display hasn't been set up by the guest yet", "Try again."
         )
     return picture
+
+
+async def _draw(monitor: Monitor, memory: int) -> None:
+    # QEMU wants a descriptor of the very mode it would open with: write-only.
+    writing = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        added = await monitor.send_descriptor("add-fd", {"opaque": "screenshot"}, writing)
+        try:
+            await monitor.execute("screendump", {"filename": f"/dev/fdset/{added['fdset-id']}", "format": "png"})
+        finally:
+            await monitor.execute("remove-fd", {"fdset-id": added["fdset-id"]})
+    finally:
+        os.close(writing)
 
 
 async def type_text(vm: Vm, text: str, *, services: Services) -> None:
@@ -82,18 +93,21 @@ async def press(vm: Vm, keys: tuple[str, ...], *, services: Services) -> None:
 async def _press(vm: Vm, chords: list[list[str]], services: Services) -> None:
     if vm.spec.display == "none" and vm.spec.machine != "q35":
         raise Unsupported(f"{vm.name}: it has no keyboard", next_step=f"Use `atoll console {vm.name}`.")
-    for start in range(0, len(chords), 25):
-        # A new connection now and then lets others ask in between.
-        async with observing(services, vm) as monitor:
-            assert vm.run is not None
-            threads = facts.threads_by_own_number(vm.run.pid)
-            told = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
-            processors = [threads[number] for number in told if number in threads]
-            for codes in chords[start : start + 25]:
-                for down in (True, False):
-                    order = codes if down else codes[::-1]
-                    await monitor.execute("input-send-event", {"events": [_key_event(code, down) for code in order]})
-                    await _turn(vm, processors)
+    for start in range(0, len(chords), CHORDS_AT_ONCE):
+        some = chords[start : start + CHORDS_AT_ONCE]
+        await observing(services, vm, lambda monitor, some=some: _press_some(monitor, vm, some))  # type: ignore[misc]
+
+
+async def _press_some(monitor: Monitor, vm: Vm, chords: Sequence[list[str]]) -> None:
+    assert vm.run is not None
+    threads = facts.threads_by_own_number(vm.run.pid)
+    told = [cpu["thread-id"] for cpu in await monitor.execute("query-cpus-fast")]
+    processors = [threads[number] for number in told if number in threads]
+    for codes in chords:
+        for down in (True, False):
+            order = codes if down else codes[::-1]
+            await monitor.execute("input-send-event", {"events": [_key_event(code, down) for code in order]})
+            await _turn(vm, processors)
 
 
 async def _turn(vm: Vm, processors: list[int]) -> None:
@@ -116,22 +130,19 @@ def _key_event(code: str, down: bool) -> dict[str, Any]:
 
 async def frames(vm: Vm, *, services: Services) -> tuple[int, ...]:
     """For each queue of its virtio cards the index of the last frame that was passed, which begins anew at 65536."""
-    cards = [nic for nic in vm.spec.nics if nic.model == "virtio"]
-    found = []
-    if cards:
-        async with observing(services, vm) as monitor:
-            for nic in cards:
-                path = f"/machine/peripheral/nic-{nic.name}/virtio-backend"
-                for queue in (0, 1):
-                    told = await monitor.execute("x-query-virtio-queue-status", {"path": path, "queue": queue})
-                    found.append(int(told["used-idx"]))
-    return tuple(found)
+    paths = [f"/machine/peripheral/nic-{nic.name}/virtio-backend" for nic in vm.spec.nics if nic.model == "virtio"]
+
+    async def ask(monitor: Monitor) -> tuple[int, ...]:
+        asked = [{"path": path, "queue": queue} for path in paths for queue in (0, 1)]
+        told = [await monitor.execute("x-query-virtio-queue-status", each) for each in asked]
+        return tuple(int(each["used-idx"]) for each in told)
+
+    return await observing(services, vm, ask) if paths else ()
 
 
 async def stats(vm: Vm, *, services: Services) -> Stats:
     """One reading of what a running VM uses. Raises `WrongState` when it is stopped."""
-    require(vm.name, observe.phase_of(services, vm), "console")
-    blocks = await observe.aside(lambda: _blocks(vm, services))
+    blocks = await observing(services, vm, lambda monitor: monitor.execute("query-blockstats"))
     assert vm.run is not None
     cards = await _cards(vm, services)
     return Stats(
@@ -145,12 +156,6 @@ async def stats(vm: Vm, *, services: Services) -> Stats:
         net_sent=sum(card.sent for card in cards) if cards else None,
         cards=cards,
     )
-
-
-async def _blocks(vm: Vm, services: Services) -> list[dict[str, Any]]:
-    async with Monitor(connect(services.layout.vm(vm.id).socket("observe"))) as monitor:
-        found: list[dict[str, Any]] = await monitor.execute("query-blockstats")
-        return found
 
 
 async def _cards(vm: Vm, services: Services) -> tuple[CardStats, ...]:

@@ -84,17 +84,15 @@ async def _mirrored(services: Services, vm: Vm, nic: NicSpec) -> AsyncIterator[m
     with ours:
         try:
             with theirs:
-                async with observing(services, vm) as monitor:
-                    await _mend(monitor)
-                    await _add(monitor, name, nic, theirs.fileno())
+                await observing(services, vm, lambda monitor: _add(monitor, name, nic, theirs.fileno()))
             yield mirror.Reader(ours)
         finally:
             with contextlib.suppress(AtollError, OSError):
-                async with observing(services, services.vm(vm.id)) as monitor:
-                    await _remove(monitor, name)
+                await observing(services, services.vm(vm.id), lambda monitor: _remove(monitor, name))
 
 
 async def _add(monitor: Monitor, name: str, nic: NicSpec, socket: int) -> None:
+    await _mend(monitor)
     await monitor.send_descriptor("getfd", {"fdname": name}, socket)
     where = {"addr": {"type": "fd", "data": {"str": name}}, "server": False}
     await monitor.execute("chardev-add", {"id": name, "backend": {"type": "socket", "data": where}})

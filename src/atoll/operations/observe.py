@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from atoll.errors import RecordsFailed, StorageFailed
 from atoll.host import facts
 from atoll.host.sockets import connect
-from atoll.layout import Layout, VmPaths
+from atoll.layout import VmPaths
 from atoll.model.state import Phase, Trouble, phase_of_run_state, trouble_of_run_state
 from atoll.model.vm import Exit, Vm, VmInfo
 from atoll.operations.services import Services
@@ -27,6 +27,8 @@ from atoll.operations.services import Services
 Answer = TypeVar("Answer")
 ANSWER_TIME = 1.0
 """Seconds that all VMs together have to answer; one that doesn't is `unknown`."""
+SILENT_TIME = 0.2
+"""The same in a list, for those that didn't answer this process before: an agent has others to answer meanwhile."""
 _QUESTION = b'{"execute":"qmp_capabilities"}\n{"execute":"query-status","id":"status"}\n'
 _LOG_TAIL = 64 * 1024
 LAST_LINES = 5
@@ -42,7 +44,8 @@ def list_vms(services: Services) -> list[VmInfo]:
 
 
 def observe_one(services: Services, vm: Vm) -> VmInfo:
-    """One VM with its phase."""
+    """One VM with its phase. It has its whole time to answer: more than a line in a list depends on it."""
+    services.silent.discard(vm.id)
     return observe(services, [vm], {})[0]
 
 
@@ -63,7 +66,7 @@ def observe(services: Services, vms: Iterable[Vm], working: dict[str, str]) -> l
     """Ask all running ones at once, then put the answers together."""
     everyone = list(vms)
     alive = [vm for vm in everyone if vm.run is not None and facts.is_alive(vm.run)]
-    answers = _ask(alive, services.layout)
+    answers = _ask(alive, services)
     found = []
     for vm in everyone:
         if vm.run is not None and vm.id not in answers:
@@ -88,20 +91,21 @@ async def aside(ask: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
     return await in_thread(lambda _: asyncio.run(ask()))
 
 
-def _ask(vms: list[Vm], layout: Layout) -> dict[str, tuple[Phase, Trouble | None]]:
+def _ask(vms: list[Vm], services: Services) -> dict[str, tuple[Phase, Trouble | None]]:
     answers: dict[str, tuple[Phase, Trouble | None]] = {vm.id: (Phase.UNKNOWN, None) for vm in vms}
     poll = select.poll()
     asked: dict[int, tuple[socket.socket, str, bytearray]] = {}
     try:
         for vm in vms:
             with contextlib.suppress(OSError):
-                client = connect(layout.vm(vm.id).socket("observe"))
+                client = connect(services.layout.vm(vm.id).socket("observe"))
                 asked[client.fileno()] = (client, vm.id, bytearray())
                 client.send(_QUESTION)
                 poll.register(client, select.POLLIN)
-        deadline = time.monotonic() + ANSWER_TIME
         waiting = set(asked)
-        while waiting and (left := deadline - time.monotonic()) > 0:
+        begun = time.monotonic()
+        known = {descriptor for descriptor, (_, vm_id, _) in asked.items() if vm_id in services.silent}
+        while waiting and (left := begun + (ANSWER_TIME if waiting - known else SILENT_TIME) - time.monotonic()) > 0:
             for descriptor, _ in poll.poll(left * 1000):
                 client, vm_id, received = asked[descriptor]
                 more = b""
@@ -113,6 +117,8 @@ def _ask(vms: list[Vm], layout: Layout) -> dict[str, tuple[Phase, Trouble | None
                     answers[vm_id] = phase_of_run_state(run_state or ""), trouble_of_run_state(run_state or "")
                     waiting.discard(descriptor)
                     poll.unregister(descriptor)
+        services.silent -= answers.keys()
+        services.silent |= {asked[descriptor][1] for descriptor in waiting}
     finally:
         for client, _, _ in asked.values():
             client.close()

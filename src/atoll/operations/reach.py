@@ -16,6 +16,7 @@ from atoll.model.vm import Vm
 from atoll.operations import observe
 from atoll.operations.look import observing, require_display
 from atoll.operations.services import Services
+from atoll.qemu.monitor import Monitor
 
 CHUNK = 64 << 10
 CONNECT_TIME = 10.0
@@ -56,15 +57,18 @@ async def open_display(vm: Vm, *, services: Services) -> Channel:
     ours, theirs = socket.socketpair()
     try:
         with theirs:
-            async with observing(services, vm) as monitor:
-                # A name of its own: another one may be handed over at the same time.
-                name = f"display-{theirs.fileno()}"
-                await monitor.send_descriptor("getfd", {"fdname": name}, theirs.fileno())
-                await monitor.execute("add_client", {"protocol": "vnc", "fdname": name, "skipauth": True})
+            await observing(services, vm, lambda monitor: _hand_display(monitor, theirs.fileno()))
     except BaseException:
         ours.close()
         raise
     return Channel(ours)
+
+
+async def _hand_display(monitor: Monitor, descriptor: int) -> None:
+    # A name of its own: another one may be handed over at the same time.
+    name = f"display-{descriptor}"
+    await monitor.send_descriptor("getfd", {"fdname": name}, descriptor)
+    await monitor.execute("add_client", {"protocol": "vnc", "fdname": name, "skipauth": True})
 
 
 async def open_port(vm: Vm, port: int, *, services: Services) -> Channel:

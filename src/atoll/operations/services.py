@@ -44,6 +44,8 @@ class Services:
         """Where somebody listens for who calls VMs that sleep: the networks of those that were just suspended."""
         self.pressure: Figures | None = None
         """What this process knows of the computer's memory, if it watches that: an agent."""
+        self.silent: set[str] = set()
+        """VMs whose QEMU gave no answer when this process last asked for their phase."""
         self._later: set[asyncio.Task[None]] = set()
         self.bridges_left: set[str] = set()
         """Networks of mode bridge with rules for cables of VMs that have ended by themselves."""
