@@ -19,6 +19,7 @@ from tests.helpers.command import atoll
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
+from atoll.agent import access as doors
 from atoll.agent.access import PUBLIC, Access
 from atoll.agent.app import make_app
 from atoll.agent.handlers import Agent
@@ -328,3 +329,32 @@ async def test_who_only_looks_sees_no_secret(client: httpx.AsyncClient, layout: 
         seen = (await client.get(path, headers=read)).text
         assert "ann" in seen and "hunter" not in seen, path
         assert "hunter2" in (await client.get(path, headers=operate)).text
+
+
+async def test_a_token_revoked_while_nothing_can_be_watched_ends_what_it_serves(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, access = Tokens(layout.tokens), Access(layout)
+    token, _ = tokens.create("ci", scope="read")
+    watchable, told = doors.changes, []
+
+    async def not_at_first(path: Path) -> AsyncIterator[None]:
+        if not told:
+            raise OSError("too many watches")
+        async for each in watchable(path):
+            yield each
+
+    async def serve() -> None:
+        with access.serving(token):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(doors, "changes", not_at_first)
+    monkeypatch.setattr(doors, "MISHAP_DELAY", 0.1)
+    serving = asyncio.create_task(serve())
+    watching = asyncio.create_task(access.watch(told.append))
+    await asyncio.sleep(0)
+    tokens.rm("ci")
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(serving, 30)
+    assert told == ["Error: watching over the tokens: too many watches"]
+    watching.cancel()

@@ -16,6 +16,7 @@ from litestar.handlers import BaseRouteHandler
 from uvicorn.protocols.utils import ClientDisconnected
 
 from atoll.agent.problems import PROBLEM_TYPE, problem_of
+from atoll.agent.recover import MISHAP_DELAY, Tell
 from atoll.errors import AtollError, Forbidden, NotFound, Unauthorized
 from atoll.host.watch import changes
 from atoll.layout import Layout
@@ -47,14 +48,25 @@ class Access:
         self.used: dict[str, float] = {}
         self._was_used = asyncio.Event()
 
-    async def watch(self) -> None:
-        """End what goes on for tokens that are revoked, and note when tokens were used; for ever."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._note_uses_later())
-            async for _ in changes(self._path):
-                for serving, token_id in list(self.open.items()):
-                    if not self._is_good(token_id):
-                        self._end(serving)
+    async def watch(self, tell: Tell) -> None:
+        """End what goes on for tokens that are revoked, and note when tokens were used; for ever.
+
+        A mishap is told, and the watch goes on.
+        """
+        while True:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._note_uses_later())
+                    await self._end_revoked()
+            except* Exception as mishaps:
+                tell(f"Error: watching over the tokens: {'; '.join(map(str, mishaps.exceptions))}")
+            await asyncio.sleep(MISHAP_DELAY)
+
+    async def _end_revoked(self) -> None:
+        async for _ in changes(self._path):
+            for serving, token_id in list(self.open.items()):
+                if not self._is_good(token_id):
+                    self._end(serving)
 
     @contextlib.contextmanager
     def serving(self, token: Token | None) -> Iterator["asyncio.Task[Any]"]:

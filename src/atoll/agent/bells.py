@@ -19,6 +19,7 @@ from atoll.operations import bells
 from atoll.operations.services import Services
 from atoll.operations.suspend import has_callers
 from atoll.operations.wake import wake
+from atoll.qemu.devices import network_descriptor
 
 REST = 5.0
 """Seconds after a start that failed in which callers wait: they don't make the computer try again and again."""
@@ -59,7 +60,7 @@ class Bell:
         if not self.is_there or self._listening:
             return
         for nic in self.nics:
-            descriptor = self._kept.descriptors[f"nic-{nic.name}"]
+            descriptor = self._kept.descriptors[network_descriptor(nic)]
             self._listening.append(descriptor)
             self._loop.add_reader(descriptor, self.ring)
 
@@ -69,7 +70,7 @@ class Bell:
         for nic in self.nics:
             # Who has asked for its address shall send what it wants before the guest is there to answer.
             address = bells.address_of(nic)
-            sleeping_link.announce(self._kept.descriptors[f"nic-{nic.name}"], mac=nic.mac, address=address)
+            sleeping_link.announce(self._kept.descriptors[network_descriptor(nic)], mac=nic.mac, address=address)
         self._all.rung(self._vm_id)
 
     def _deafen(self) -> None:

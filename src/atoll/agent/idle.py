@@ -8,7 +8,7 @@ import contextlib
 import time
 
 from atoll.agent.bells import Bells, finished
-from atoll.agent.recover import Tell
+from atoll.agent.recover import MISHAP_DELAY, Tell
 from atoll.errors import AtollError
 from atoll.host import facts
 from atoll.model import idle
@@ -21,7 +21,6 @@ from atoll.operations.services import Services
 from atoll.operations.suspend import has_callers, suspend
 from atoll.platform.local import LocalHost
 
-MISHAP_DELAY = 5.0
 BELLS_AGAIN = 10.0
 """Seconds until ports that another program had are tried once more."""
 BURST = 0.2

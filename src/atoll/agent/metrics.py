@@ -156,7 +156,6 @@ def _of_pressure(vms: list[VmInfo], services: Services) -> list[Family]:
     used = Family("atoll_vm_memory_guest_used_bytes", "gauge", "What the guest needs of it, as its kernel says.")
     reserve = Family("atoll_host_memory_reserve_bytes", "gauge", "What is kept available for the host.")
     low = Family("atoll_host_memory_low", "gauge", "1 while less than that is available.")
-    asleep = Family("atoll_host_vms_suspended_for_memory", "gauge", "VMs that sleep until there is memory for them.")
     if (watch := services.pressure) is None:
         return []
     for each in vms:
@@ -167,8 +166,7 @@ def _of_pressure(vms: list[VmInfo], services: Services) -> list[Family]:
             used.add(watch.used[each.vm.id], **labels)
     reserve.add(watch.reserve)
     low.add(int(watch.low))
-    asleep.add(watch.asleep)
-    return [balloon, used, reserve, low, asleep]
+    return [balloon, used, reserve, low]
 
 
 async def _of_cards(vms: list[VmInfo], services: Services) -> Family:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from atoll.agent.bells import finished
-from atoll.agent.recover import Tell
+from atoll.agent.recover import MISHAP_DELAY, Tell
 from atoll.errors import AtollError
 from atoll.host import facts
 from atoll.model import pressure
@@ -36,7 +36,6 @@ AGAIN = 5.0
 """Seconds after which something that failed is tried again."""
 SCRAPE_INTERVAL, SCRAPED_LATELY = 10.0, 60.0
 LITTLE = 1 << 20
-MISHAP_DELAY = 5.0
 
 
 class Pressure:

@@ -13,7 +13,8 @@ from atoll.operations.registry import VERBS
 from atoll.operations.services import Services
 
 Tell = Callable[[str], None]
-
+MISHAP_DELAY = 5.0
+"""Seconds from something that went wrong to the next try."""
 PAUSE = 0.05
 """Seconds in which what is written to the journal is looked at once."""
 

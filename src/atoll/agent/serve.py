@@ -152,7 +152,7 @@ async def serve(layout: Layout, options: Options, *, ready: Callable[[list[str]]
             _log.warning("%s", told)
         ending = _ending_signals(stack)
         app = limits.Limited(Measured(make_app(agent), agent.meter), rate=options.rate)
-        watching = asyncio.create_task(agent.access.watch())
+        watching = asyncio.create_task(agent.access.watch(_log.warning))
         servers = [_server(Door(app, agent.access, each.via), each, connections) for each in listeners]
         serving = [
             asyncio.create_task(server.serve(sockets=[each.socket]))

@@ -15,7 +15,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from atoll.agent.engine_events import EngineLogs
-from atoll.agent.recover import Tell, recover_as_found
+from atoll.agent.recover import MISHAP_DELAY, Tell, recover_as_found
 from atoll.agent.state import State
 from atoll.errors import AtollError, NotFound, TimedOut, WrongState
 from atoll.host import facts, files
@@ -33,7 +33,6 @@ TIME_TO_BE_READY = 120.0
 """Seconds that those of one boot order have before the next ones are started."""
 REMOVAL_DELAY = 1.0
 """Seconds that a command has to remove the throw-away VM that it ran itself."""
-MISHAP_DELAY = 5.0
 _BEGINNINGS = frozenset({"vm.started", "vm.restored"})
 _ENDS = frozenset({"vm.ended", "vm.stopped", "vm.suspended"})
 _CRASHES = frozenset({"vm.panicked", "vm.watchdog"})

@@ -27,7 +27,7 @@ from msgspec import Struct
 from atoll.errors import EngineFailed
 from atoll.host import descriptors
 
-_ATTACH = 26
+ATTACH = 26
 """SO_ATTACH_FILTER (asm-generic/socket.h); Python has no name for it."""
 _LONGEST_WAIT = 20_000
 """Microseconds that the helper waits for a guest that takes no frames, a paused one say, before it drops a frame."""
@@ -234,7 +234,7 @@ def attach(receiver: socket.socket, rules: Rules) -> None:
 
     code = program(rules)
     buffer = ctypes.create_string_buffer(code, len(code))
-    receiver.setsockopt(socket.SOL_SOCKET, _ATTACH, struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))
+    receiver.setsockopt(socket.SOL_SOCKET, ATTACH, struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))
 
 
 def guard(pid: int, *, restrict: bool, udp_ports: Sequence[int]) -> None:

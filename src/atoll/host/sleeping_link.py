@@ -14,8 +14,8 @@ from pathlib import Path
 
 from atoll.host import descriptors, frame_filter, slirp
 
-_ATTACH, _DETACH = 26, 27
-"""SO_ATTACH_FILTER, SO_DETACH_FILTER (asm-generic/socket.h)."""
+_DETACH = 27
+"""SO_DETACH_FILTER (asm-generic/socket.h)."""
 _TAP_ATTACH, _TAP_DETACH = 0x401054D5, 0x401054D6
 """TUNATTACHFILTER, TUNDETACHFILTER (linux/if_tun.h)."""
 _MOST, _FRAME = 1024, 1 << 17
@@ -96,7 +96,7 @@ def _set(descriptor: int, code: bytes | None) -> None:
         fcntl.ioctl(descriptor, _TAP_ATTACH if code else _TAP_DETACH, program)
         return
     with socket.socket(fileno=os.dup(descriptor)) as end:
-        end.setsockopt(socket.SOL_SOCKET, _ATTACH if code else _DETACH, program)
+        end.setsockopt(socket.SOL_SOCKET, frame_filter.ATTACH if code else _DETACH, program)
 
 
 def announce(descriptor: int, *, mac: str, address: str) -> None:

@@ -25,6 +25,7 @@ from atoll.model.spec import NicSpec
 from atoll.model.vm import Vm
 from atoll.operations import networks
 from atoll.operations.services import Services
+from atoll.qemu.devices import network_descriptor
 from atoll.qemu.plan import user_network_of
 
 ANSWER_TIME = 10.0
@@ -51,10 +52,6 @@ def answering(vm: Vm) -> list[NicSpec]:
     return [nic for nic in vm.spec.nics if nic.ports]
 
 
-def _name(nic: NicSpec) -> str:
-    return f"nic-{nic.name}"
-
-
 async def keep(services: Services, vm: Vm, had: Kept | None = None) -> Kept:
     """Bring up the networks of a VM that sleeps, with its ports, but for those that the caller had and gives away. The
     caller holds its lock.
@@ -65,15 +62,15 @@ async def keep(services: Services, vm: Vm, had: Kept | None = None) -> Kept:
     make_folder(paths.run)
     try:
         for nic in answering(vm):
-            if _name(nic) in kept.descriptors:
+            if network_descriptor(nic) in kept.descriptors:
                 pass
             elif nic.network is None:
                 _keep_helper(kept, user_network_of(paths, nic))
                 if vm.spec.isolation == "strict" and kept.weaker:
                     raise Unsupported("the isolation 'strict' isn't possible here", "; ".join(kept.weaker))
             else:
-                kept.descriptors[_name(nic)] = await networks.tap_for(services, vm, nic)
-            sleeping_link.fall_asleep(kept.descriptors[_name(nic)], mac=nic.mac, address=address_of(nic))
+                kept.descriptors[network_descriptor(nic)] = await networks.tap_for(services, vm, nic)
+            sleeping_link.fall_asleep(kept.descriptors[network_descriptor(nic)], mac=nic.mac, address=address_of(nic))
     except BaseException:
         kept.close()
         raise
@@ -118,7 +115,7 @@ def hand_over(client: socket.socket, kept: Kept) -> None:
 async def taken(paths: VmPaths, wanted: Collection[NicSpec]) -> AsyncIterator[Kept]:
     """What the agent has kept for these cards, if it has; our copies are closed when this is left."""
     kept = await _ask(paths)
-    names = {name for nic in wanted for name in (_name(nic), f"{_name(nic)}-lifeline")}
+    names = {name for nic in wanted for name in (network_descriptor(nic), f"{network_descriptor(nic)}-lifeline")}
     for name in [each for each in kept.descriptors if each not in names]:
         os.close(kept.descriptors.pop(name))
     try:
@@ -165,7 +162,7 @@ async def _readable(client: socket.socket) -> None:
 def give(kept: Kept, paths: VmPaths, nics: Collection[NicSpec], *, groups: tuple[str, ...]) -> None:
     """Before QEMU gets them: they carry all frames again, and their helpers count as parts of the VM."""
     for nic in nics:
-        if (descriptor := kept.descriptors.get(_name(nic))) is not None:
+        if (descriptor := kept.descriptors.get(network_descriptor(nic))) is not None:
             sleeping_link.wake_up(descriptor)
             helper = user_network.helper_of(paths.network_control(nic.name)) if nic.network is None else None
             if helper is not None:

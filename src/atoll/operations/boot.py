@@ -30,6 +30,7 @@ from atoll.operations.descriptors import hand_over, set_path
 from atoll.operations.guest_settle import leave_word
 from atoll.operations.services import Report, Services
 from atoll.qemu import jobs, mapped_ram
+from atoll.qemu.devices import network_descriptor
 from atoll.qemu.monitor import Monitor
 from atoll.qemu.plan import PlanInputs, PrivateRam, plan
 
@@ -113,7 +114,7 @@ async def _boot(
     if incoming is not None and spec.guest.agent:
         leave_word(paths, time=True)
     for nic in spec.nics:
-        for port in nic.ports if nic.network is None and f"nic-{nic.name}" not in had else ():
+        for port in nic.ports if nic.network is None and network_descriptor(nic) not in had else ():
             check_port_free(vm.name, port)
     jail, isolation = prepare(steps.binary, _wanted(vm, spec, steps))
     if kept is not None:

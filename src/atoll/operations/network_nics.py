@@ -140,12 +140,12 @@ async def _plug(context: Context[NicChange]) -> None:
         if nic.network is not None:
             tap = await networks.tap_for(context.services, context.vm, nic)
             try:
-                await monitor.send_descriptor("getfd", {"fdname": f"nic-{nic.name}"}, tap)
+                await monitor.send_descriptor("getfd", {"fdname": devices.network_descriptor(nic)}, tap)
             finally:
                 os.close(tap)
         backend = devices.network_backend(nic)
         if nic.network is not None:
-            backend |= {"fd": f"nic-{nic.name}"}
+            backend |= {"fd": devices.network_descriptor(nic)}
         await monitor.execute("netdev_add", backend)
         await monitor.execute("device_add", devices.network_device(context.vm.spec, nic, bus=port))
     _put(context, nic, now=True)
@@ -161,7 +161,8 @@ async def _unplug(context: Context[NicChange]) -> None:
         if later:
             context.notes["later"] = later
             return
-        for command, arguments in (("netdev_del", {"id": f"net-{name}"}), ("closefd", {"fdname": f"nic-{name}"})):
+        descriptor = devices.network_descriptor(context.request.nic)
+        for command, arguments in (("netdev_del", {"id": f"net-{name}"}), ("closefd", {"fdname": descriptor})):
             with contextlib.suppress(AtollError):
                 await monitor.execute(command, arguments)
 

@@ -12,6 +12,7 @@ from atoll.model.network import Attached, Members, Network, NetworkInfo
 from atoll.model.spec import NOWHERE, NicSpec, VmSpec
 from atoll.model.vm import Vm
 from atoll.operations.services import Services
+from atoll.qemu.devices import network_descriptor
 
 # What touches the kernel is imported where it is used: most VMs are on no network that they share.
 
@@ -122,8 +123,8 @@ async def taps(services: Services, vm: Vm, spec: VmSpec, *, had: Container[str] 
     given: dict[str, int] = {}
     try:
         for nic in spec.nics:
-            if nic.network is not None and f"nic-{nic.name}" not in had:
-                given[f"nic-{nic.name}"] = await tap_for(services, vm, nic)
+            if nic.network is not None and network_descriptor(nic) not in had:
+                given[network_descriptor(nic)] = await tap_for(services, vm, nic)
         yield given
     finally:
         for descriptor in given.values():
