@@ -13,6 +13,7 @@ from atoll.errors import AlreadyExists, InvalidInput, NotFound
 from atoll.model.requests import DiskRequest, SetRequest
 from atoll.model.spec import PortSpec
 from atoll.model.vm import Change
+from atoll.operations.guest_agent import exchange
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 
@@ -236,6 +237,10 @@ async def test_logs_and_stats_of_a_running_vm(factory: Factory) -> None:
     assert after.disk_read >= before.disk_read
     assert after.memory_given == 96 * MIB and after.memory_resident > 30 * MIB
     assert after.at >= before.at and time.time() - after.at < 60
+    assert [card.nic for card in after.cards] == ["net0"] and after.net_received is not None
+    async with exchange(factory.layout.vm(vm.id), "v"):
+        told = await vm.stats()
+    assert (told.cards, told.net_received) == ((), None), "the guest's counters aren't waited for while others ask it"
     followed = asyncio.create_task(_all(vm))
     await vm.stop()
     assert b"second" in await asyncio.wait_for(followed, 30)
