@@ -110,7 +110,7 @@ def _only(jail: Jail, layers: tuple[str, ...]) -> Jail:
         landlock=jail.landlock if "landlock" in layers else 0,
         limits=tuple(limits),
         groups=jail.groups if "limits" in layers else (),
-        writes_tracked=jail.writes_tracked and LAYERS[1] in layers,
+        own_devices=jail.own_devices if LAYERS[1] in layers else (),
     )
 
 

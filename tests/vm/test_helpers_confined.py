@@ -8,13 +8,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tests.helpers.command import ATOLL
 from tests.helpers.machines import Factory
 from tests.helpers.person import USER, WITH_IDS, somebody, subordinate_of
 from tests.helpers.ports import free_port
 from tests.helpers.root import only_root
 
-from atoll.host import cables, facts, namespace, slirp, user_network
+from atoll.host import cables, facts, namespace, process, slirp, user_network
 from atoll.host.helper_jail import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
+from atoll.host.link_text import UPLINK
 from atoll.host.sandbox import FIRST_USER
 from atoll.layout import Layout, NetworkPaths
 from atoll.model.requests import ImpairRequest, NetworkRequest, NicRequest, ShareRequest
@@ -180,6 +182,15 @@ async def test_root_s_helpers_of_a_shared_network(factory: Factory) -> None:
     await vm.rm(force=True)
     await factory.host.networks.rm("wan")
     assert not any(facts.identity_of(each.pid) for each in names)
+
+
+async def test_root_s_network_leads_out_where_the_device_of_taps_is_root_s_alone(factory: Factory) -> None:
+    """As on a computer without udev."""
+    device = "mount -t tmpfs tmpfs /dev/net && mknod -m 600 /dev/net/tun c 10 200"
+    words = f'{device} && "$@" net create lab --mode nat && "$@" net exec lab -- cat /proc/net/dev'
+    seen = await process.run(["unshare", "--mount", "sh", "-c", words, "sh", *ATOLL])
+    assert UPLINK in seen.stdout.decode()
+    await factory.host.networks.rm("lab")
 
 
 @pytest.mark.parametrize("uid", [USER, WITH_IDS], ids=["without subordinate ids", "with them"])

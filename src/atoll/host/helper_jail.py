@@ -19,6 +19,7 @@ from atoll.host.sandbox import own_ids, shown_libraries, shown_python, usable_na
 from atoll.model.units import GIB, MIB
 
 CAP_SETPCAP, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN = 8, 10, 12, 13, 21
+TUN = "/dev/net/tun"
 PROCESSES = 256
 """None has more than ten. But who has ended counts until somebody has taken note of that, which may be nobody."""
 CONNECTIONS = 2048
@@ -95,7 +96,9 @@ def for_uplink(binary: str, *, network_id: str, holder: int, folder: Path, group
         ids=ids,
         host_network=True,
         capabilities=(CAP_SETPCAP, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_SYS_ADMIN),
-        devices=(*DEVICES, "/dev/net/tun"),
+        devices=(*DEVICES, TUN),
+        # A computer without udev has one that is root's alone.
+        own_devices=(TUN,) if root else (),
         folder=str(folder),
         nests=True,
         groups=groups,

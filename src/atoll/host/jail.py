@@ -71,8 +71,9 @@ class Jail(Struct, frozen=True, kw_only=True):
     nests: bool = False
     """It goes on to make a root of its own out of this one, and drops the privileges for that by itself."""
     devices: tuple[str, ...] = DEVICES
-    writes_tracked: bool = False
-    """It gets a userfaultfd device of its own, for snapshots that are written while the guest runs."""
+    own_devices: tuple[str, ...] = ()
+    """Those that it gets made for its user alone, whoever may open the computer's: it takes root, and no container's.
+    Where none is made, it sees the computer's if `devices` names it, too."""
     served: ServedFolder | None = None
     """At `SHARED` in the empty root; where there is none, at its own path."""
     texts: tuple[tuple[str, str], ...] = ()
@@ -115,7 +116,7 @@ def shut_in(jail: Jail, shown: Sequence[int], filter_buffer: "ctypes.Array[ctype
         landlock.restrict_scopes(jail.landlock)
     elif jail.landlock:
         programs = ("/",) if jail.namespaces else jail.programs
-        devices = (*jail.devices, USERFAULTFD) if jail.writes_tracked else jail.devices
+        devices = (*jail.devices, *jail.own_devices)
         served = [] if jail.served is None else [(_place(jail, jail.served), jail.served.read_only)]
         landlock.restrict(
             jail.landlock,
@@ -146,10 +147,10 @@ def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
         source = os.readlink(path)
         # A namespace has no name but this.
         syscalls.mount(source if source.startswith("/") else path, BASE + path, None, syscalls.MS_BIND)
-    for path in jail.devices:
+    made = [path for path in jail.own_devices if _make_device(path, BASE + path, owner=jail.ids)]
+    bound = [path for path in jail.devices if path not in made]
+    for path in bound:
         _make_file(BASE + path)
-    if jail.writes_tracked:
-        _make_device(USERFAULTFD, BASE + USERFAULTFD, owner=jail.ids)
     for path, text in jail.texts:
         _make_file(BASE + path, text.encode())
     if jail.folder:
@@ -159,7 +160,7 @@ def _empty_root(jail: Jail, shown: Sequence[int]) -> None:
     if jail.nests:
         os.makedirs(BASE + "/tmp", exist_ok=True)
     syscalls.set_mount_attributes(BASE, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID, recursive=True)
-    for path in jail.devices:
+    for path in bound:
         syscalls.mount(path, BASE + path, None, syscalls.MS_BIND)
     if jail.folder:
         syscalls.mount(jail.folder, BASE + WORKPLACE, None, syscalls.MS_BIND)
@@ -201,16 +202,16 @@ def _make_file(path: str, content: bytes = b"") -> None:
     os.close(descriptor)
 
 
-def _make_device(like: str, path: str, *, owner: Ids | None) -> None:
+def _make_device(like: str, path: str, *, owner: Ids | None) -> bool:
     status = os.stat(like)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         os.mknod(path, status.st_mode, status.st_rdev)
     except PermissionError:
-        # A container's root makes no devices; memory is saved while the guest stands still then.
-        return
+        return False
     if owner is not None:
         os.chown(path, owner.user, owner.group)
+    return True
 
 
 def _become_nobody(jail: Jail) -> None:

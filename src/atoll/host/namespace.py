@@ -138,11 +138,12 @@ async def says(descriptor: int, word: bytes, seconds: float) -> bool:
         loop.remove_reader(descriptor)
 
 
-def last_line(log: Path) -> str:
+def last_line(log: Path, *, but: tuple[str, ...] = ()) -> str:
+    """What was said last; lines that begin with one of `but` say nothing."""
     with contextlib.suppress(OSError):
         lines = log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "its holder said nothing"
-    return "its holder said nothing"
+        return next((line for line in reversed(lines) if not line.startswith(but)), "nothing was said")
+    return "nothing was said"
 
 
 def read_again(network_id: str, paths: NetworkPaths, holder: int) -> None:

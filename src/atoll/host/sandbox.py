@@ -95,7 +95,8 @@ def prepare(binary: str, wanted: Wanted) -> tuple[Jail | None, Isolation]:
         ids_required=wanted.level == "strict",
         programs=shown_programs(binary),
         devices=DEVICES,
-        writes_tracked=root and namespaces.usable and Path(USERFAULTFD).exists(),
+        # For snapshots that are written while the guest runs; without it, it stands still meanwhile.
+        own_devices=(USERFAULTFD,) if root and namespaces.usable and Path(USERFAULTFD).exists() else (),
         landlock=landlock,
         filtered=kernel.seccomp_filters() and seccomp.known(),
         limits=_limits(wanted, alone=ids is not None or (namespaces.usable and not root)),

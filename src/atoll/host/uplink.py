@@ -19,6 +19,7 @@ DNS = "198.19.255.3"
 """Where slirp4netns answers for names, as the computer's own resolver would."""
 _LINKS6 = f"addr replace fd00::100/64 dev {UPLINK} nodad\nroute replace default via fd00::2 dev {UPLINK}\n"
 """Slirp's own subnet, and its place there."""
+_SAYING_NOTHING = ("WARNING: Support for seccomp is experimental", "child failed")
 _SUBNET, _LARGEST_PACKET = "198.19.255.0/24", "65520"
 
 
@@ -31,7 +32,9 @@ async def ensure(paths: NetworkPaths, holder: int, *, ipv6: bool) -> None:
     try:
         _start(paths, holder, told, ipv6=ipv6)
         if not await namespace.says(ready, b"1", READY_TIME):
-            raise NetworkFailed("a network has no way out", namespace.last_line(paths.log), f"See {paths.log}.")
+            raise NetworkFailed(
+                "a network has no way out", namespace.last_line(paths.log, but=_SAYING_NOTHING), f"See {paths.log}."
+            )
     finally:
         os.close(ready)
     if ipv6:
