@@ -19,7 +19,7 @@ DNS = "198.19.255.3"
 """Where slirp4netns answers for names, as the computer's own resolver would."""
 _LINKS6 = f"addr replace fd00::100/64 dev {UPLINK} nodad\nroute replace default via fd00::2 dev {UPLINK}\n"
 """Slirp's own subnet, and its place there."""
-_SAYING_NOTHING = ("WARNING: Support for seccomp is experimental", "child failed")
+_SAYING_NOTHING = ("WARNING: Support for ", "child failed")
 _SUBNET, _LARGEST_PACKET = "198.19.255.0/24", "65520"
 
 
