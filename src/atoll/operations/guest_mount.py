@@ -68,7 +68,7 @@ tries=0
 # A port that has just been plugged may not be there yet, and one of its name that has just gone still be.
 until once; do
     code=$?
-    [ $((tries += 1)) -lt 20 ] || { tail -n 3 "$run.log" >&2; exit $code; }
+    [ $((tries += 1)) -lt 60 ] || { tail -n 3 "$run.log" >&2; exit $code; }
     sleep 0.2
 done
 """
