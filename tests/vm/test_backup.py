@@ -96,6 +96,7 @@ async def test_a_running_vm_is_backed_up_twice_and_each_has_its_instant(
     assert await disagreements(elsewhere.layout) == []
 
 
+@pytest.mark.slow
 async def test_restoring_shares_what_is_here_already(factory: Factory, folder: Path) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
     await vm.publish(PortSpec(host_port=18080, guest_port=80))
@@ -301,6 +302,7 @@ async def test_a_backup_killed_in_its_cut_is_undone_with_it(factory: Factory, fo
     assert len(await factory.host.backups.ls(folder)) == 1
 
 
+@pytest.mark.slow
 async def test_a_paused_vm_is_backed_up_and_a_suspended_one_is_refused(
     factory: Factory, elsewhere: Factory, folder: Path
 ) -> None:
@@ -420,6 +422,7 @@ async def _merge_upper_two(services: Services) -> str:
     return next(layer.id for layer in services.records.layers() if layer.merged)
 
 
+@pytest.mark.slow
 async def test_a_long_chain_is_restored_flat_and_backed_up_without_copying(
     factory: Factory, elsewhere: Factory, folder: Path
 ) -> None:

@@ -188,7 +188,7 @@ async def built_or_skip(recipe: str) -> tuple[Image, Layout]:
         raise
 
 
-@pytest.mark.parametrize("arch", ["x86_64", "aarch64", "riscv64"])
+@pytest.mark.parametrize("arch", ["x86_64", "aarch64", pytest.param("riscv64", marks=pytest.mark.slow)])
 async def test_tiny_boots_and_keeps_what_was_written(arch: str, tmp_path: Path) -> None:
     image, layout = await built_or_skip("tiny" if arch == "x86_64" else f"tiny@{arch}")
     assert image.arch == arch and image.guest.agent

@@ -102,6 +102,7 @@ async def test_what_a_guest_has_made_safe_is_seen_though_only_the_journal_has_it
     assert files(await vm.diff("two")) == {}
 
 
+@pytest.mark.slow
 async def test_disks_without_a_file_system_differ_by_blocks_and_settings_by_name(factory: Factory) -> None:
     vm = await prepared(factory)
     await vm.stop()

@@ -47,7 +47,7 @@ def under(folder: Path) -> Layout:
         pytest.param("ünï-🐙", id="emoji", marks=pytest.mark.slow),
         pytest.param("a,b=c:d;e,,file=x", id="punctuation"),
         pytest.param("json:{}%41?x#y\\n", id="looks-like-an-address", marks=pytest.mark.slow),
-        pytest.param("/".join(["long" * 12] * 5), id="long"),
+        pytest.param("/".join(["long" * 12] * 5), id="long", marks=pytest.mark.slow),
     ],
 )
 async def test_a_home_may_have_any_name(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,9 @@ async def test_a_guest_that_fills_the_disk_waits_and_goes_on(small_home: Path, l
         assert await disagreements(layout) == []
 
 
-@pytest.mark.parametrize("damage", ["gone", "empty", "other"])
+@pytest.mark.parametrize(
+    "damage", ["empty", *(pytest.param(each, marks=pytest.mark.slow) for each in ("gone", "other"))]
+)
 async def test_a_layer_that_is_ill_is_told_and_others_are_not_touched(damage: str, factory: Factory) -> None:
     vm = await factory.create("tiny", name="v", memory="96MiB")
     await vm.snapshot("first")
@@ -167,7 +169,7 @@ async def test_records_that_cannot_be_used_are_told_by_every_command(
     assert "v" in atoll("ls").out
 
 
-@pytest.mark.parametrize("years", [-30, 30])
+@pytest.mark.parametrize("years", [-30, pytest.param(30, marks=pytest.mark.slow)])
 async def test_the_clock_may_jump(years: int, factory: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
     real = time.time
@@ -206,6 +208,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 async def test_odd_names_are_refused_or_work(layout: Layout, with_image: PutImage, tmp_path: Path) -> None:
     await with_image("tiny")
     assert atoll("create", "tiny", "--name", "v", "--memory", "96MiB").code == 0

@@ -57,6 +57,7 @@ async def test_a_qemu_that_was_asked_to_end_by_a_signal_says_who_sent_it(factory
     assert "terminating on signal 15" in exit.detail
 
 
+@pytest.mark.slow
 async def test_a_guest_that_powers_off_is_stopped_and_one_that_reboots_goes_on(factory: Factory) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
     boot = await vm.read("/proc/sys/kernel/random/boot_id")
@@ -165,6 +166,7 @@ async def test_after_the_host_was_restarted_the_vm_is_stopped_and_says_so(factor
     assert await disagreements(factory.layout) == []
 
 
+@pytest.mark.slow
 async def test_a_lost_runtime_folder_makes_a_vm_unknown_and_stoppable(factory: Factory) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
     shutil.rmtree(factory.layout.run)

@@ -459,6 +459,13 @@ CASES: dict[str, Case] = {
 }
 
 
+OF_EACH_KIND = {
+    *("create", "start", "stop", "rm", "set", "disk add"),
+    *("snapshot", "restore", "take", "merge", "import", "net attach", "share add"),
+}
+"""The others are tried with --all."""
+
+
 async def _memory_is_set(stage: Stage) -> bool:
     return await memory(stage) < 96 * MIB
 
@@ -497,7 +504,9 @@ def kinds_of_end(verb: Verb[Any], upto: str) -> set[str]:
     return {"it was undone."} if any(step.undo for step in begun) else {"there was nothing to undo."}
 
 
-@pytest.mark.parametrize("name", sorted(VERBS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OF_EACH_KIND else pytest.mark.slow) for name in sorted(VERBS)]
+)
 async def test_a_verb_killed_at_any_step_is_finished_or_undone_and_told(name: str, stage: Stage) -> None:
     case, verb = CASES[name], VERBS[name]
     for number, step in enumerate(verb.steps):

@@ -190,6 +190,7 @@ async def test_a_guest_that_goes_on_knows_the_time_and_a_copy_knows_its_name(fac
     assert await taken.sh("hostname") == "taken"
 
 
+@pytest.mark.slow
 async def test_the_generator_of_random_numbers_differs_in_each_copy(factory: Factory) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")
     await vm.snapshot("one")
@@ -202,6 +203,7 @@ async def test_the_generator_of_random_numbers_differs_in_each_copy(factory: Fac
     assert len(seen) == 5
 
 
+@pytest.mark.slow
 async def test_templates_go_when_memory_is_scarce_and_are_made_again(
     factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +276,7 @@ async def test_a_copy_whose_qemu_dies_while_it_loads_takes_the_others_with_it(
     assert [await factory.machine(fork).read("/dev/shm/memory") for fork in forks] == ["here"] * 3
 
 
+@pytest.mark.slow
 async def test_a_qemu_that_saves_plain_streams_can_do_the_same(
     factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

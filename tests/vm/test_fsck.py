@@ -111,6 +111,7 @@ async def running_life(factory: Factory, name: str) -> None:
         await each.rm(force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("life", [stopped_life, running_life])
 async def test_a_busy_home_raises_no_alarm(
     life: Callable[[Factory, str], Coroutine[None, None, None]], factory: Factory
@@ -282,6 +283,7 @@ async def test_heads_that_are_lost_or_damaged_are_told(factory: Factory) -> None
     assert "qemu-img" in (await only(factory, "head-damaged")).detail
 
 
+@pytest.mark.slow
 async def test_leaked_clusters_of_a_stopped_vm_are_given_back(factory: Factory) -> None:
     vm, _ = await kept(factory)
     path = head(factory, vm)

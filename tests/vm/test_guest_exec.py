@@ -175,6 +175,7 @@ async def test_a_tool_that_is_killed_spoils_nothing_for_the_next(vm: Machine) ->
             assert (await vm.exec(["echo", str(number)])).text == str(number)
 
 
+@pytest.mark.slow
 async def test_without_ports_the_agent_keeps_the_output(vm: Machine) -> None:
     paths = vm._services.layout.vm(vm.id)
     for number in range(4):
@@ -196,6 +197,7 @@ async def check_captured(paths: VmPaths, vm: Machine) -> None:
     assert await processes(vm, "sleep 4715") == 0
 
 
+@pytest.mark.slow
 async def test_a_guest_that_reboots_or_stops_ends_the_command_with_an_error(factory: Factory) -> None:
     vm = await factory.run("tiny")
     task = asyncio.create_task(vm.exec(["sleep", "1000"]))

@@ -138,6 +138,7 @@ async def test_a_connection_goes_on_while_ports_come_and_go_also_in_a_paused_gue
     assert await disagreements(factory.layout) == []
 
 
+@pytest.mark.slow
 async def test_ports_of_a_stopped_vm_are_there_after_its_start_and_each_restart(factory: Factory) -> None:
     port = PortSpec(host_port=free_port(), guest_port=80)
     vm = await factory.create("tiny", name="v", memory="96MiB")
@@ -206,6 +207,7 @@ async def test_a_helper_that_dies_takes_the_network_only(factory: Factory) -> No
     await vm.sh(ADDRESS)
 
 
+@pytest.mark.slow
 async def test_restores_and_forks_have_helpers_of_their_own(factory: Factory) -> None:
     port = PortSpec(host_port=free_port(), guest_port=80)
     vm = await factory.run("tiny", name="v", memory="96MiB", ports=(port,))
@@ -233,6 +235,7 @@ async def test_restores_and_forks_have_helpers_of_their_own(factory: Factory) ->
         await asyncio.wait_for(wait_for_exit(pid), 5)
 
 
+@pytest.mark.slow
 async def test_memory_that_was_saved_with_a_network_of_qemu_s_own_is_loaded(
     factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

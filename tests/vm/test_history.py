@@ -176,6 +176,7 @@ async def test_the_disks_alone_can_be_restored_and_a_running_guest_boots_on_them
     assert await disagreements(factory.layout) == []
 
 
+@pytest.mark.slow
 async def test_several_disks_are_kept_at_one_instant_while_they_are_written(factory: Factory) -> None:
     disks = (DiskRequest(name="first", size="1MiB"), DiskRequest(name="second", size="1MiB"))
     vm = await factory.run("tiny", name="v", memory="96MiB", disks=disks)

@@ -74,6 +74,7 @@ async def test_a_busy_guest_takes_no_more_processors_time_than_it_may(factory: F
     assert await share_taken(vm) < 0.2
 
 
+@pytest.mark.slow
 def test_an_ordinary_user_is_told_that_only_disks_are_held_back() -> None:
     with somebody(USER) as person:
         person.atoll("image", "build", "tiny", "--quiet")

@@ -75,6 +75,7 @@ async def test_a_running_guest_is_put_on_merged_layers(factory: Factory) -> None
     assert await disagreements(factory.layout) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_hand")
 async def test_snapshots_that_all_are_kept_are_whole_after_merging(factory: Factory) -> None:
     vm = await factory.run("tiny", name="v", memory="96MiB")

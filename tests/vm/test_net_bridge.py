@@ -295,6 +295,7 @@ def test_strangers_reach_what_a_group_lets_in_and_nothing_else(office: Office) -
     assert office.answers(stranger, web) == "" and office.reached("peer", web) == "ping large 80 udp"
 
 
+@pytest.mark.slow
 def test_a_guest_is_nobody_elses_server_and_leaves_nothing(office: Office) -> None:
     atoll, stranger, computer = office.atoll, office.stranger, office.computer
     of_others = "table inet of_others {\n\tchain in {\n\t\ttype filter hook input priority 0; policy accept;\n\t}\n}\n"

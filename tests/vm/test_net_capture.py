@@ -119,6 +119,7 @@ async def test_as_a_user_types_it(factory: Factory, tmp_path: Path, monkeypatch:
     assert refused.err.startswith("Error: can't write /nowhere/x")
 
 
+@pytest.mark.slow
 async def test_counters_of_cards_of_both_kinds(factory: Factory) -> None:
     lab = await factory.host.networks.create("lab")
     cards = (NicRequest(network="lab"), NicRequest(network="user"))

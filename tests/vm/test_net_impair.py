@@ -116,6 +116,7 @@ async def test_delays_duplicates_and_their_end(factory: Factory) -> None:
         await db.net_impair(ImpairRequest(towards="db", delay=0.1))
 
 
+@pytest.mark.slow
 async def test_order_copies_and_stops(factory: Factory) -> None:
     lab = await factory.host.networks.create("lab")
     web, db = await factory.run("tiny", name="web", **on("lab")), await factory.run("tiny", name="db", **on("lab"))

@@ -110,6 +110,7 @@ async def test_what_may_reach_a_guest_and_what_it_may_reach(hosts: Factory) -> N
     assert (await groups.show("db")).rules == ("allow in tcp 80 from any", "deny out any to any")
 
 
+@pytest.mark.slow
 async def test_copies_and_restored_machines_keep_their_groups(hosts: Factory) -> None:
     groups = hosts.host.networks.groups
     await hosts.host.networks.create("lab")
@@ -166,6 +167,7 @@ async def test_published_ports_lead_in_and_nothing_else_does(hosts: Factory) -> 
     assert f"{address}:" not in processes_of(network)
 
 
+@pytest.mark.slow
 async def test_a_card_has_a_limit(hosts: Factory) -> None:
     await hosts.host.networks.create("lab")
     slow = await hosts.run("tiny", name="slow", **on("lab", limit=500_000))

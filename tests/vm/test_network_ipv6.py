@@ -67,6 +67,7 @@ async def test_guests_reach_each_other_and_are_nobody_else(hosts: Factory) -> No
     assert "fd66:" not in said and "default" not in said
 
 
+@pytest.mark.slow
 async def test_copies_and_groups(hosts: Factory) -> None:
     await hosts.host.networks.create(NetworkRequest(name="lab", ipv6=True))
     peer = await hosts.run("tiny", name="peer", **ON_LAB)

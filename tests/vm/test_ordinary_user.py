@@ -152,6 +152,7 @@ def test_everything_works_without_root(person: Person) -> None:
     assert person.atoll("ls", "--quiet") == b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uid", [USER, WITH_IDS], ids=["no subordinate ids", "a newuidmap that may not"])
 def test_who_can_t_give_vms_users_of_their_own_runs_them_as_himself_and_is_told(uid: int) -> None:
     with somebody(uid) as person:

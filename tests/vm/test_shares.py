@@ -126,6 +126,7 @@ async def test_folders_come_and_go_while_it_runs(factory: Factory, folder: Path)
     assert await vm.read("/mnt/c/x") == "kept"
 
 
+@pytest.mark.slow
 async def test_what_goes_on_from_memory_has_its_folders(factory: Factory, folder: Path) -> None:
     vm = await factory.run("tiny", name="v", memory="128MiB")
     await vm.snapshot("before")

@@ -90,6 +90,7 @@ async def test_a_killed_vm_is_started_again_and_a_stopped_one_is_not(host: Local
     assert phases == dict.fromkeys(("web", "db", "plain"), Phase.STOPPED), "a stop also ends the waiting for a restart"
 
 
+@pytest.mark.slow
 async def test_a_guest_that_powers_itself_off_returns_only_if_always_wanted(host: LocalHost, layout: Layout) -> None:
     always = await host.run("tiny", name="always", memory="96MiB", restart="always")
     failures = await host.run("tiny", name="failures", memory="96MiB", restart="on-failure")
@@ -138,6 +139,7 @@ async def test_a_throw_away_vm_is_removed_as_soon_as_it_ended(host: LocalHost, l
         await happened(host, "vm.removed", seconds=20)
 
 
+@pytest.mark.slow
 async def test_a_guest_that_panicked_is_ended_and_started_again(host: LocalHost, layout: Layout) -> None:
     vm = await host.run("tiny", name="web", memory="96MiB", restart="on-failure")
     plain = await host.run("tiny", name="plain", memory="96MiB")
@@ -221,6 +223,7 @@ async def test_a_boot_starts_what_is_marked_in_its_order(host: LocalHost, layout
         await (await host.get("web")).wait("ready", timeout=120)
 
 
+@pytest.mark.slow
 async def test_what_went_down_with_the_computer_returns_where_wanted(host: LocalHost, layout: Layout) -> None:
     for name, policy in (("web", "on-failure"), ("plain", "never")):
         vm = await host.run("tiny", name=name, memory="96MiB", restart=policy)
@@ -290,6 +293,7 @@ async def test_a_shutdown_stops_all_in_reverse_and_the_boot_brings_back_what_is_
     assert names == {"db", "crashed"}
 
 
+@pytest.mark.slow
 async def test_all_can_be_suspended_and_a_hanging_guest_takes_no_more_than_its_time(
     host: LocalHost, layout: Layout
 ) -> None:
