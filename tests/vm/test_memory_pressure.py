@@ -168,6 +168,24 @@ async def all_go_on(crowd: list[Machine]) -> None:
 
 
 @pytest.mark.slow
+async def test_an_agent_that_is_ended_lets_a_suspension_come_to_its_end(factory: Factory) -> None:
+    vm = await factory.run("tiny", name="v", memory="384MiB")
+    records = factory.host.services.records
+    async with agent(factory.layout, "--memory-reserve", ALL_OF_IT) as served:
+        async with asyncio.timeout(60):
+            while not (working := records.operations(unfinished=True)):
+                await asyncio.sleep(0.005)
+        assert [each.verb for each in working] == ["suspend"]
+        assert await served.end() == 0
+    assert records.operations(unfinished=True) == []
+    assert await vm.phase() is Phase.SUSPENDED
+    assert vm.record.suspended_because == "memory"
+    async with agent(factory.layout, "--memory-reserve", "0"):
+        await all_go_on([vm])
+        assert await vm.sh("echo well") == "well"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 async def test_when_all_want_their_memory_at_once_the_computer_keeps_its_reserve_and_no_vm_is_lost(
     factory: Factory, capfd: pytest.CaptureFixture[str]
