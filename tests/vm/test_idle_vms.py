@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator
 import pytest
 from msgspec.structs import replace
 from tests.helpers.agents import agent
+from tests.helpers.command import atoll
 from tests.helpers.images import adopt_cached
 from tests.helpers.ports import free_port
 
 from atoll.errors import InvalidInput, WrongState
+from atoll.host import namespace, slirp
 from atoll.layout import Layout
 from atoll.model.requests import NetworkRequest, NicRequest, SetRequest
 from atoll.model.spec import PortSpec
@@ -298,6 +300,12 @@ async def test_callers_through_a_shared_network_and_datagrams_wake_too(host: Loc
             await seen.asleep()
         assert {each.phase for each in await host.ls()} == {Phase.SUSPENDED}
         await asyncio.sleep(1)
+        paths = layout.network((await host.networks.show("lab")).network.id)
+        uplink = slirp.listener(paths.uplink)
+        assert uplink is not None
+        namespace.end_all([uplink])
+        # What brings the network up again publishes the ports of who sleeps, too.
+        assert atoll("net", "exec", "lab", "--", "true").code == 0
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"first", ("127.0.0.1", udp))
             assert (await seen.next("vm.woken")).name == "own"

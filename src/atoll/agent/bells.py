@@ -5,9 +5,9 @@ What there is to keep up is in the records, so an agent that was killed is follo
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 from atoll.agent.recover import Tell
@@ -40,15 +40,17 @@ async def finished(tasks: list[asyncio.Task[None]]) -> None:
 class Bell:
     """One VM's: its networks, and the socket at which who starts it gets them."""
 
-    def __init__(self, vm: Vm, kept: bells.Kept, server: socket.socket, bells_of_all: "Bells") -> None:
+    def __init__(self, vm: Vm, kept: bells.Kept, place: Path, bells_of_all: "Bells") -> None:
         self.nics: list[NicSpec] = bells.answering(vm)
         self._vm_id = vm.id
         self._kept = kept
-        self._server = server
+        self._place = place
+        self._server = sockets.listen(place)
+        self._server.setblocking(False)
         self._all = bells_of_all
         self._listening: list[int] = []
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(server, self._hand_over)
+        self._loop.add_reader(self._server, self._hand_over)
 
     @property
     def is_there(self) -> bool:
@@ -94,6 +96,7 @@ class Bell:
             self._deafen()
             self._loop.remove_reader(self._server)
             self._server.close()
+            self._place.unlink(missing_ok=True)
             self._kept.close()
 
 
@@ -181,12 +184,11 @@ class Bells:
             return
         self._said.pop(vm.id, None)
         try:
-            server = sockets.listen(self._services.layout.vm(vm.id).socket("bell"))
+            bell = Bell(vm, kept, self._services.layout.vm(vm.id).socket("bell"), self)
         except BaseException:
             kept.close()
             raise
-        server.setblocking(False)
-        bell = self._bells[vm.id] = Bell(vm, kept, server, self)
+        self._bells[vm.id] = bell
         rest = self._resting.pop(vm.id, 0.0) - time.monotonic()
         if rest > 0:
             asyncio.get_running_loop().call_later(rest, bell.listen)

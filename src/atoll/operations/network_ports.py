@@ -26,15 +26,28 @@ async def publish_all(paths: NetworkPaths, vm_name: str, nic: NicSpec) -> None:
 
 
 async def publish_again(services: Services, network: Network) -> None:
-    """An uplink that took the place of one that was killed has no ports yet: those of VMs that run."""
+    """An uplink that took the place of one that was killed has no ports yet: those of VMs that run, and of those that
+    an agent wakes when they are called.
+    """
     paths = services.layout.network(network.id)
     if await uplink.published(paths):
         return
-    for _, nic in running_cards(services, network):
+    for nic in [nic for _, nic in running_cards(services, network)] + _sleeping_cards(services, network):
         for port in nic.ports:
             # Another program may have taken it.
             with contextlib.suppress(AlreadyExists):
                 await uplink.publish(paths, nic.address or "", port)
+
+
+def _sleeping_cards(services: Services, network: Network) -> list[NicSpec]:
+    """Those that an agent listens for. It can't be asked: who connects to a bell is given its networks."""
+    return [
+        nic
+        for vm in services.records.vms()
+        if vm.sleeps and services.layout.vm(vm.id).socket("bell").exists()
+        for nic in vm.spec.nics
+        if nic.network == network.id
+    ]
 
 
 async def unpublish_all(services: Services, nics: tuple[NicSpec, ...]) -> None:
