@@ -25,7 +25,7 @@ def _without_limits(jail: Jail) -> Jail:
 
 LEFT_OUT: dict[str, Callable[[Jail], Jail]] = {
     "nothing": lambda jail: jail,
-    "namespaces and empty root": lambda jail: replace(jail, namespaces=False, writes_tracked=False),
+    "namespaces and empty root": lambda jail: replace(jail, namespaces=False, own_devices=()),
     "own user": lambda jail: replace(jail, ids=None),
     "system calls": lambda jail: replace(jail, filtered=False),
     "landlock": lambda jail: replace(jail, landlock=0),
