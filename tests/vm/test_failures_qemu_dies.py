@@ -126,9 +126,11 @@ async def test_a_qemu_that_hung_for_a_while_is_running_again(factory: Factory, t
     os.kill(vm.pid, signal.SIGSTOP)
     assert await vm.phase() is Phase.UNKNOWN
     # A list doesn't wait long for one that was silent before.
+    assert factory.host.services.silent == {vm.id}
     assert [info.phase for info in await factory.host.ls()] == [Phase.UNKNOWN]
     os.kill(vm.pid, signal.SIGCONT)
     assert await vm.phase() is Phase.RUNNING
+    assert factory.host.services.silent == set()
     assert [info.phase for info in await factory.host.ls()] == [Phase.RUNNING]
     assert await vm.sh("echo well") == "well"
 

@@ -7,6 +7,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atoll.errors import AtollError, EngineFailed, Unsupported
@@ -97,7 +98,7 @@ async def _press(vm: Vm, chords: list[list[str]], services: Services) -> None:
         raise Unsupported(f"{vm.name}: it has no keyboard", next_step=f"Use `atoll console {vm.name}`.")
     for start in range(0, len(chords), CHORDS_AT_ONCE):
         some = chords[start : start + CHORDS_AT_ONCE]
-        await observing(services, vm, lambda monitor, some=some: _press_some(monitor, vm, some))  # type: ignore[misc]
+        await observing(services, vm, partial(_press_some, vm=vm, chords=some))
 
 
 async def _press_some(monitor: Monitor, vm: Vm, chords: Sequence[list[str]]) -> None:
